@@ -1,0 +1,358 @@
+"""What a run is: frozen dataclasses, one per part, checks across fields, derived sizes.
+
+Every module receives its own part (`AttentionConfig`, `MoEConfig`, ...), never
+the whole. A field whose type is a `Literal` states its allowed values there.
+"""
+
+import dataclasses
+import json
+import typing
+from typing import Literal
+
+from moe_ep.hardware import GPUS, Gpu
+
+
+class ConfigError(ValueError):
+    """A wrong value or combination; the message is one line: flag, value, what is allowed."""
+
+
+Activation = Literal["gelu", "silu_gated"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Multi-Head Latent Attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+
+    heads: int = 128
+    nope_dim: int = 40  # per head, without position
+    rope_dim: int = 16  # per head, rotary; the key's is shared by all heads
+    value_dim: int = 56
+    latent_dim: int = 3584
+    query_latent_dim: int = 0  # 0: queries come straight from the width
+    rope_theta: float = 10_000.0
+    rope_layout: Literal["halves", "interleaved"] = "halves"  # DeepSeek checkpoints interleave
+    weights: Literal["replicated", "split"] = "replicated"  # split over the GPUs of a node
+    implementation: Literal["auto", "xla", "cudnn"] = "auto"
+
+    @property
+    def query_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def cache_dim(self) -> int:
+        """Values cached per token and layer: the normed latent and the rotated key."""
+        return self.latent_dim + self.rope_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Routed experts and their router."""
+
+    num_experts: int = 16
+    top_k: int = 2
+    hidden: int = 18432
+    activation: Activation = "gelu"
+    shared_experts: int = 0
+    # softmax: over all experts, before the choice. softmax_chosen: over the chosen ones
+    # only (Mixtral). sigmoid: DeepSeek-V3. They are different functions.
+    score: Literal["softmax", "softmax_chosen", "sigmoid"] = "softmax"
+    normalize: bool = True  # weights of the chosen sum to 1
+    scaling_factor: float = 1.0  # multiplies the weights
+    groups: int = 1  # group-limited routing: experts in this many groups ...
+    groups_kept: int = 1  # ... of which a token may use these many
+    group_score: Literal["max", "top2_sum"] = "top2_sum"  # top2_sum where a bias exists (DeepSeek-V3)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The transformer: `dense_layers` dense blocks, then MoE blocks up to `layers`."""
+
+    layers: int = 61
+    dense_layers: int = 3
+    width: int = 7168
+    hidden: int = 18432
+    activation: Activation = "gelu"
+    vocabulary: int = 50304
+    norm_epsilon: float = 1e-6
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation; master weights are float32
+    # What the backward pass computes again: nothing; everything but what crossed the
+    # network; whole blocks (the network's traffic too).
+    remat: Literal["none", "keep_dispatch", "block"] = "keep_dispatch"
+    attention: AttentionConfig = AttentionConfig()
+    moe: MoEConfig = MoEConfig()
+
+    @property
+    def moe_layers(self) -> int:
+        return self.layers - self.dense_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices: `data` replicas of an expert axis of `expert` devices. None takes what is there."""
+
+    data: int | None = None
+    expert: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchConfig:
+    """How rows travel between tokens and experts."""
+
+    transport: Literal["all_to_all", "all_gather"] = "all_to_all"
+    overlap: Literal["none", "chunks"] = "chunks"
+    chunks: int = 1
+    waves: int = 1  # the waves the first compiled program has; it grows when routing needs it
+    margin_sigmas: float = 5.0  # a buffer holds mean + margin sqrt(mean) + 1 rows
+    drop: bool = False  # True: rows beyond the program's waves are dropped and counted
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceConfig:
+    """The rule that moves the router's bias so that experts receive equal load."""
+
+    rule: Literal["none", "load_fraction", "sign"] = "load_fraction"
+    rate: float = 0.01  # load_fraction: in units of the mean score; sign: of the score itself
+    interval_steps: int = 1
+    interval_ms: float | None = None  # turned into steps once, from measured step time
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 3e-4
+    final_fraction: float = 0.1  # of the peak, at the last step
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = 200
+    batch_sequences: int = 16  # global
+    sequence: int = 128
+    accumulation: int = 1  # micro-batches whose gradients make one update
+    router_z_loss: float = 0.0
+    validation_every: int = 50  # steps; 0: never
+    validation_batches: int = 2
+    checkpoint_every: int = 100  # steps; 0: only at the end
+    checkpoints_kept: int = 2
+    sample_tokens: int = 120  # generated at the end as a sample; 0: none
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    # "": the English that every CPython carries (pydoc_data.topics). Else a .txt or .jsonl
+    # file, a directory of those, "synthetic:uniform" or "synthetic:zipf:EXPONENT".
+    path: str = ""
+    text_field: str = "text"
+    tokenizer: str = "bytes"  # or the path of a tokenizer.json
+    validation_fraction: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    """The machines a run is laid out for; emulated and predicted runs take their shape from here."""
+
+    gpu: str = "paper_h100"
+    gpus_per_node: int = 8
+    nics_per_node: int = 8  # 8: one for each GPU; 1: all GPUs of a node share one
+    nic_gigabits_per_s: float = 200.0
+
+    @property
+    def device(self) -> Gpu:
+        return GPUS[self.gpu]
+
+
+@dataclasses.dataclass(frozen=True)
+class AotConfig:
+    """What `--mode=aot` compiles."""
+
+    program: Literal["prefill", "decode", "train"] = "prefill"
+    tokens_per_gpu: int = 2048
+    context: int = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulateConfig:
+    """What `--mode=simulate` predicts."""
+
+    point: str = ""  # the id of a published measurement, or "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    dispatch: DispatchConfig = DispatchConfig()
+    balance: BalanceConfig = BalanceConfig()
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    aot: AotConfig = AotConfig()
+    simulate: SimulateConfig = SimulateConfig()
+    seed: int = 0
+
+
+def require(condition: bool, flag: str, value: object, allowed: str) -> None:
+    """Raises ConfigError naming the flag, its value and what is allowed, unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"--set {flag}={value}: allowed is {allowed}")
+
+
+def to_json(config: Config) -> str:
+    """Returns the resolved config as indented JSON, one object per part."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def flatten(config: object, prefix: str = "") -> typing.Iterator[tuple[str, object, object]]:
+    """Yields (dotted name, declared type, value) of every leaf field."""
+    types = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, name + ".")
+        else:
+            yield name, types[field.name], value
+
+
+# Fields that may be zero; every other number in a config must be positive.
+_MAY_BE_ZERO = frozenset({
+    "model.dense_layers", "model.attention.query_latent_dim", "model.moe.shared_experts",
+    "dispatch.margin_sigmas", "balance.rate", "train.router_z_loss", "train.validation_every",
+    "train.validation_batches", "train.checkpoint_every", "train.sample_tokens", "seed",
+    "train.optimizer.weight_decay", "train.optimizer.warmup_steps", "train.optimizer.final_fraction",
+    "train.optimizer.beta1", "train.optimizer.beta2", "data.validation_fraction",
+})  # fmt: skip
+
+
+def check(config: Config) -> Config:
+    """Checks every field and every combination of fields; returns the config unchanged.
+
+    Raises:
+      ConfigError: one line with the flag, its value and what is allowed.
+    """
+    for name, kind, value in flatten(config):
+        if typing.get_origin(kind) is Literal:
+            require(value in typing.get_args(kind), name, value, "one of " + ", ".join(typing.get_args(kind)))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            require(value == value and abs(value) != float("inf"), name, value, "a finite number")
+            zero_allowed = name in _MAY_BE_ZERO
+            positive = value >= 0 if zero_allowed else value > 0
+            require(positive, name, value, "zero or more" if zero_allowed else "more than zero")
+    _check_model(config.model)
+    _check_layout(config)
+    _check_training(config)
+    return config
+
+
+def _check_model(model: ModelConfig) -> None:
+    moe, attention = model.moe, model.attention
+    require(model.dense_layers <= model.layers, "model.dense_layers", model.dense_layers,
+            f"at most model.layers = {model.layers}")  # fmt: skip
+    require(moe.top_k <= moe.num_experts, "model.moe.top_k", moe.top_k,
+            f"at most model.moe.num_experts = {moe.num_experts}")  # fmt: skip
+    require(attention.rope_dim % 2 == 0, "model.attention.rope_dim", attention.rope_dim, "an even number")
+    require(moe.num_experts % moe.groups == 0, "model.moe.groups", moe.groups,
+            f"a divisor of model.moe.num_experts = {moe.num_experts}")  # fmt: skip
+    require(moe.groups_kept <= moe.groups, "model.moe.groups_kept", moe.groups_kept,
+            f"at most model.moe.groups = {moe.groups}")  # fmt: skip
+    reachable = moe.groups_kept * (moe.num_experts // moe.groups)
+    require(moe.top_k <= reachable, "model.moe.top_k", moe.top_k, f"at most the {reachable} experts of the kept groups")
+    smallest_group = 2 if moe.groups > 1 and moe.group_score == "top2_sum" else 1
+    require(moe.num_experts // moe.groups >= smallest_group, "model.moe.groups", moe.groups,
+            "groups of two experts or more with group_score=top2_sum")  # fmt: skip
+
+
+def _check_layout(config: Config) -> None:
+    experts, degree = config.model.moe.num_experts, config.mesh.expert
+    if degree is not None:
+        require(degree <= experts, "mesh.expert", degree, f"at most model.moe.num_experts = {experts}")
+        require(experts % degree == 0, "mesh.expert", degree, f"a divisor of model.moe.num_experts = {experts}")
+        check_node_split(degree, config.cluster.gpus_per_node)
+    cluster = config.cluster
+    require(cluster.gpu in GPUS, "cluster.gpu", cluster.gpu, "one of " + ", ".join(GPUS))
+    require(cluster.gpus_per_node % cluster.nics_per_node == 0, "cluster.nics_per_node", cluster.nics_per_node,
+            f"a divisor of cluster.gpus_per_node = {cluster.gpus_per_node}")  # fmt: skip
+    chunks, overlap = config.dispatch.chunks, config.dispatch.overlap
+    require(chunks == 1 or overlap == "chunks", "dispatch.chunks", chunks, "1 unless dispatch.overlap=chunks")
+
+
+def check_node_split(degree: int, gpus_per_node: int) -> None:
+    """Checks that an expert axis is a whole number of nodes, or a part of one."""
+    require(degree <= gpus_per_node or degree % gpus_per_node == 0, "mesh.expert", degree,
+            f"at most, or a multiple of, cluster.gpus_per_node = {gpus_per_node}")  # fmt: skip
+
+
+def _check_training(config: Config) -> None:
+    train, balance = config.train, config.balance
+    require(train.batch_sequences % train.accumulation == 0, "train.accumulation", train.accumulation,
+            f"a divisor of train.batch_sequences = {train.batch_sequences}")  # fmt: skip
+    require(train.optimizer.beta1 < 1, "train.optimizer.beta1", train.optimizer.beta1, "less than 1")
+    require(train.optimizer.beta2 < 1, "train.optimizer.beta2", train.optimizer.beta2, "less than 1")
+    require(train.optimizer.warmup_steps <= train.steps, "train.optimizer.warmup_steps", train.optimizer.warmup_steps,
+            f"at most train.steps = {train.steps}")  # fmt: skip
+    require(config.data.validation_fraction < 1, "data.validation_fraction", config.data.validation_fraction,
+            "less than 1")  # fmt: skip
+    require(balance.interval_ms is None or balance.interval_steps == 1, "balance.interval_ms", balance.interval_ms,
+            "none unless balance.interval_steps=1: give one of the two")  # fmt: skip
+
+
+# Derived sizes. Matrices only, as FLOPs count them; norms are added by `parameters`.
+
+
+def mlp_parameters(width: int, hidden: int, activation: Activation) -> int:
+    """Returns the parameters of one expert or one dense feed-forward layer."""
+    return width * hidden * (3 if activation == "silu_gated" else 2)
+
+
+def attention_parameters(width: int, attention: AttentionConfig) -> int:
+    """Returns the parameters of one layer's attention matrices."""
+    heads, query_latent = attention.heads, attention.query_latent_dim
+    query_out = heads * attention.query_dim
+    query = width * query_latent + query_latent * query_out if query_latent else width * query_out
+    down = width * attention.cache_dim
+    up = attention.latent_dim * heads * (attention.nope_dim + attention.value_dim)
+    return query + down + up + heads * attention.value_dim * width
+
+
+def parameters_by_part(model: ModelConfig) -> dict[str, int]:
+    """Returns the whole model's parameters: experts, attention, dense, shared, router, embedding, norm."""
+    moe, attention, width = model.moe, model.attention, model.width
+    expert = mlp_parameters(width, moe.hidden, moe.activation)
+    norms_per_layer = 2 * width + attention.latent_dim + attention.query_latent_dim
+    return {
+        "experts": model.moe_layers * moe.num_experts * expert,
+        "attention": model.layers * attention_parameters(width, attention),
+        "dense": model.dense_layers * mlp_parameters(width, model.hidden, model.activation),
+        "shared": model.moe_layers * moe.shared_experts * expert,
+        "router": model.moe_layers * width * moe.num_experts,
+        "embedding": 2 * model.vocabulary * width,
+        "norm": model.layers * norms_per_layer + width,
+    }
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Returns the matrix parameters one token meets: top-k experts, and the output head but no embedding row."""
+    parts = parameters_by_part(model)
+    chosen = parts["experts"] * model.moe.top_k // model.moe.num_experts
+    head = model.vocabulary * model.width
+    return chosen + parts["attention"] + parts["dense"] + parts["shared"] + parts["router"] + head
+
+
+def forward_flops_per_token(model: ModelConfig, sequence: int) -> float:
+    """Returns the forward FLOPs of one token: 2 a parameter, and causal attention over half the sequence on average."""
+    attention = model.attention
+    pairs = 2 * model.layers * attention.heads * (attention.query_dim + attention.value_dim) * sequence / 2
+    return 2.0 * active_parameters(model) + pairs
