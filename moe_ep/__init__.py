@@ -1,0 +1,1 @@
+"""Mixture-of-Experts transformers with large expert parallelism, in JAX."""
