@@ -259,8 +259,8 @@ def check(config: Config) -> Config:
 
 def _check_model(model: ModelConfig) -> None:
     moe, attention = model.moe, model.attention
-    require(model.dense_layers <= model.layers, "model.dense_layers", model.dense_layers,
-            f"at most model.layers = {model.layers}")  # fmt: skip
+    require(model.dense_layers < model.layers, "model.dense_layers", model.dense_layers,
+            f"less than model.layers = {model.layers}")  # fmt: skip
     require(moe.top_k <= moe.num_experts, "model.moe.top_k", moe.top_k,
             f"at most model.moe.num_experts = {moe.num_experts}")  # fmt: skip
     require(attention.rope_dim % 2 == 0, "model.attention.rope_dim", attention.rope_dim, "an even number")

@@ -1,0 +1,147 @@
+"""Fixed-size all-to-all: every pair of devices exchanges the same number of rows.
+
+A slice costs exactly two all-to-alls, one out and one back. The rows that a
+segment really holds travel with it, in header rows, so that the receiver can
+compact without a third collective.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int32
+
+from moe_ep.dispatch.exchange import DispatchCounts, Exchange, row_tile
+from moe_ep.dispatch.permute import take_rows, weighted_sum_rows
+from moe_ep.dispatch.plan import Compaction, compact, slices_of_queue, slot_in_slices, sort_by_expert, within_slice
+from moe_ep.kernels.grouped_matmul import RowGroups
+from moe_ep.mesh import EXPERT
+from moe_ep.shapes import Choices, Rows, TokenRows, Weights
+
+# A count travels as base-128 digits: whole numbers up to 256 are exact in bfloat16.
+_DIGIT_BASE, _DIGITS = 128, 3
+
+
+class Plan(NamedTuple):
+    """Where each assignment stands in the buffers of all slices, [slice, destination, row] flattened."""
+
+    assignment_of_slot: Int32[Array, "X M"]  # X slices of M = P x C rows; out of range: no row
+    slot_of_assignment: Int32[Array, "t K"]  # out of range: no slice takes it
+    counts_of_slice: Int32[Array, "X P e"]
+    counts: DispatchCounts
+
+
+class Batch(NamedTuple):
+    """One slice's rows as the experts take them, and the way back."""
+
+    rows: Rows
+    groups: RowGroups
+    compaction: Compaction
+
+
+def queue_rows(exchange: Exchange) -> int:
+    """Returns C, the rows of one (source, destination) buffer in one wave."""
+    mean = exchange.tokens * exchange.top_k / exchange.peers
+    return exchange.rows_per_wave(mean, exchange.tokens * min(exchange.top_k, exchange.experts_per_peer))
+
+
+def plan(choices: Choices, exchange: Exchange) -> Plan:
+    """Plans the exchange of this device's assignments; the same at any number of waves for those that fit."""
+    wave_rows = queue_rows(exchange)
+    layout = (exchange.waves, exchange.chunks, wave_rows)
+    assignments = choices.size
+    ordered = sort_by_expert(choices.reshape(-1), exchange.experts)
+    queue_start = ordered.start[:: exchange.experts_per_peer]
+    queue_length = jnp.diff(queue_start)
+
+    destination = choices.reshape(-1) // exchange.experts_per_peer
+    slice_index, row = slot_in_slices(ordered.place - queue_start[destination], *layout)
+    rows = wave_rows // exchange.chunks
+    slot = jnp.where(
+        slice_index < exchange.slices,
+        (slice_index * exchange.peers + destination) * rows + row,
+        exchange.slices * exchange.peers * rows,
+    )
+
+    run_start = ordered.start[:-1].reshape(exchange.peers, -1) - queue_start[:-1, None]
+    run_end = ordered.start[1:].reshape(exchange.peers, -1) - queue_start[:-1, None]
+    assignment_of_slot, counts_of_slice = [], []
+    for piece in slices_of_queue(*layout):
+        position = piece.positions()[None, :]
+        place = jnp.minimum(queue_start[:-1, None] + position, assignments - 1)
+        held = position < queue_length[:, None]
+        assignment_of_slot.append(jnp.where(held, ordered.order[place], assignments).reshape(-1))
+        counts_of_slice.append(piece.rows_before(run_end) - piece.rows_before(run_start))
+
+    sent = jnp.sum(jnp.minimum(queue_length, exchange.waves * wave_rows), dtype=jnp.int32)
+    counts = DispatchCounts(
+        rows_sent=sent,
+        rows_padded=exchange.slices * exchange.peers * rows - sent,
+        rows_dropped=assignments - sent,
+        waves_needed=jnp.max(-(-queue_length // wave_rows)),
+    )
+    return Plan(
+        jnp.stack(assignment_of_slot), slot.reshape(choices.shape), jnp.stack(counts_of_slice), counts
+    )
+
+
+def send(tokens: TokenRows, plan: Plan, exchange: Exchange) -> list[Batch]:
+    """Sends every slice to its experts' devices; one all-to-all each."""
+    slots = plan.assignment_of_slot.shape[1]
+    batches = []
+    for index in range(exchange.slices):
+        token_of_slot = plan.assignment_of_slot[index] // exchange.top_k
+        slot_of_token = within_slice(plan.slot_of_assignment, index, slots)
+        body = take_rows(tokens, token_of_slot, slot_of_token).reshape(exchange.peers, -1, tokens.shape[-1])
+        header = _encode(plan.counts_of_slice[index], tokens.shape[-1], tokens.dtype)
+        with jax.named_scope("dispatch"):
+            received = _exchange(jnp.concatenate([header, body], axis=1), exchange)
+        batches.append(_compact_received(received, header.shape[1], exchange))
+    return batches
+
+
+def _compact_received(received: Float[Array, "P C1 D"], header_rows: int, exchange: Exchange) -> Batch:
+    counts = _decode(received[:, :header_rows], exchange.experts_per_peer)
+    rows = received.shape[1] - header_rows
+    tile = row_tile(exchange.tokens * exchange.top_k // exchange.slices, exchange.experts_per_peer)
+    compaction = compact(counts, rows, tile)
+    body = received[:, header_rows:].reshape(-1, received.shape[-1])
+    return Batch(take_rows(body, compaction.source, compaction.target[:, None]), compaction.groups, compaction)
+
+
+def bring_back(
+    outputs: Sequence[Rows], batches: Sequence[Batch], weights: Weights, plan: Plan, exchange: Exchange
+) -> TokenRows:
+    """Returns every row to its token, one all-to-all a slice, and adds the choices up by weight."""
+    returned = []
+    for output, batch in zip(outputs, batches, strict=True):
+        readers = batch.compaction.source[:, None]
+        segments = take_rows(output, batch.compaction.target, readers)
+        with jax.named_scope("combine"):
+            returned.append(_exchange(segments.reshape(exchange.peers, -1, output.shape[-1]), exchange))
+    rows = jnp.concatenate(returned).reshape(-1, outputs[0].shape[-1])
+    return weighted_sum_rows(rows, weights, plan.slot_of_assignment, plan.assignment_of_slot.reshape(-1))
+
+
+def _exchange(buffer: Float[Array, "P C D"], exchange: Exchange) -> Float[Array, "P C D"]:
+    if exchange.peers == 1:
+        return buffer
+    return jax.lax.all_to_all(buffer, EXPERT, split_axis=0, concat_axis=0)
+
+
+def _encode(counts: Int32[Array, "P e"], width: int, dtype: jnp.dtype) -> Float[Array, "P h D"]:
+    """Writes counts into as few rows of the buffer's width as hold them."""
+    place_value = _DIGIT_BASE ** jnp.arange(_DIGITS, dtype=jnp.int32)
+    digits = (counts[:, :, None] // place_value[None, None, :]) % _DIGIT_BASE
+    digits = digits.reshape(counts.shape[0], -1)
+    header_rows = -(-digits.shape[1] // width)
+    padded = jnp.pad(digits, ((0, 0), (0, header_rows * width - digits.shape[1])))
+    return padded.reshape(-1, header_rows, width).astype(dtype)
+
+
+def _decode(header: Float[Array, "P h D"], experts: int) -> Int32[Array, "P e"]:
+    digits = header.reshape(header.shape[0], -1)[:, : experts * _DIGITS].astype(jnp.int32)
+    place_value = _DIGIT_BASE ** jnp.arange(_DIGITS, dtype=jnp.int32)
+    return jnp.sum(digits.reshape(-1, experts, _DIGITS) * place_value[None, None, :], axis=2, dtype=jnp.int32)

@@ -1,0 +1,77 @@
+"""The static sizes of one routed layer's exchange, and what it counts."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from moe_ep.config import DispatchConfig
+from moe_ep.shapes import Count
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """How many rows one device's buffers hold; every size is known when the program is traced.
+
+    A queue is what one device has for one destination. Queues are sent in waves,
+    and a wave in chunks; a (wave, chunk) pair is a slice, one dispatch and one
+    combine on the network. Chunks take a queue's rows in turn (row i goes to chunk
+    i mod chunks), so that all chunks of a wave carry equal load.
+    """
+
+    experts: int  # of a layer
+    peers: int  # devices on the expert axis
+    tokens: int  # on this device
+    top_k: int
+    transport: str = "all_to_all"
+    waves: int = 1
+    chunks: int = 1
+    margin_sigmas: float = 5.0
+
+    @property
+    def experts_per_peer(self) -> int:
+        return self.experts // self.peers
+
+    @property
+    def slices(self) -> int:
+        return self.waves * self.chunks
+
+    def rows_per_wave(self, mean: float, most: int) -> int:
+        """Returns the rows of a queue that one wave takes: mean + margin sqrt(mean) + 1, never over the most there can be."""
+        rows = min(math.ceil(mean + self.margin_sigmas * math.sqrt(mean)) + 1, most)
+        return -(-rows // self.chunks) * self.chunks
+
+    def with_waves(self, waves: int) -> "Exchange":
+        return dataclasses.replace(self, waves=waves)
+
+
+class DispatchCounts(NamedTuple):
+    """What one device's exchange of one layer moved; add up over devices and layers, but take the most of waves.
+
+    rows_sent are real rows, rows_padded the rest of the buffers that crossed with
+    them, rows_dropped the assignments beyond the program's waves.
+    """
+
+    rows_sent: Count
+    rows_padded: Count
+    rows_dropped: Count
+    waves_needed: Count
+
+
+def make_exchange(dispatch: DispatchConfig, *, experts: int, peers: int, tokens: int, top_k: int) -> Exchange:
+    """Returns the sizes for `tokens` on each of `peers` devices."""
+    return Exchange(
+        experts=experts,
+        peers=peers,
+        tokens=tokens,
+        top_k=top_k,
+        transport=dispatch.transport,
+        waves=dispatch.waves,
+        chunks=dispatch.chunks if dispatch.overlap == "chunks" else 1,
+        margin_sigmas=dispatch.margin_sigmas,
+    )
+
+
+def row_tile(rows: int, groups: int) -> int:
+    """Returns the row tile for `rows` spread over `groups`: a power of two from 8 to 128, at most their mean."""
+    mean = max(rows // groups, 1)
+    return min(max(1 << (mean.bit_length() - 1), 8), 128)

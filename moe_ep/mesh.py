@@ -1,0 +1,78 @@
+"""Mesh axes, and the meshes of real, emulated and compile-only devices.
+
+"data" replicates the model; "node" x "gpu" is the expert axis, along which each
+layer's experts are spread. Tokens are split over all three.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe_ep.config import ClusterConfig, MeshConfig, check_node_split, require
+
+DATA, NODE, GPU = "data", "node", "gpu"
+EXPERT = (NODE, GPU)
+ALL_AXES = (DATA, NODE, GPU)
+TOKENS = PartitionSpec(ALL_AXES)  # the leading axis of every batch
+REPLICATED = PartitionSpec()
+
+
+def mesh_shape(mesh: MeshConfig, cluster: ClusterConfig, experts: int, device_count: int) -> tuple[int, int, int]:
+    """Returns the sizes of (data, node, gpu) that use every device.
+
+    Args:
+      mesh: degrees; None takes what the devices leave.
+      cluster: the number of GPUs in a node splits the expert axis.
+      experts: experts of a layer, a multiple of the expert axis's size.
+      device_count: devices at hand.
+
+    Raises:
+      ConfigError: the degrees do not multiply to the devices, or do not divide the experts.
+    """
+    expert = mesh.expert or max(device_count // (mesh.data or 1), 1)
+    data = mesh.data or max(device_count // expert, 1)
+    flag, value = ("mesh.data", data) if mesh.expert is None and mesh.data else ("mesh.expert", expert)
+    require(data * expert == device_count, flag, value,
+            f"mesh.data x mesh.expert = {device_count} devices, not {data} x {expert}")  # fmt: skip
+    require(experts % expert == 0, "mesh.expert", expert,
+            f"a divisor of model.moe.num_experts = {experts} (give mesh.expert, the rest becomes mesh.data)")  # fmt: skip
+    check_node_split(expert, cluster.gpus_per_node)
+    gpu = min(expert, cluster.gpus_per_node)
+    return data, expert // gpu, gpu
+
+
+def make_mesh(
+    mesh: MeshConfig, cluster: ClusterConfig, experts: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Returns the mesh over the given devices, or over all that jax sees."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(mesh, cluster, experts, len(devices))
+    return Mesh(np.asarray(devices).reshape(shape), ALL_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def expert_degree(mesh: Mesh) -> int:
+    """Returns the size of the expert axis (EP)."""
+    return mesh.shape[NODE] * mesh.shape[GPU]
+
+
+def shardings(mesh: Mesh, specs: object) -> object:
+    """Returns a tree of NamedShardings for a tree of PartitionSpecs."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
+
+
+def vary(tree: object) -> object:
+    """Marks every array, inside shard_map, as each device's own.
+
+    What is computed from them, gradients among it, stays local until it is summed by
+    a visible call; without the mark jax would sum gradients where the array is used.
+    """
+
+    def mark(values: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in ALL_AXES if axis not in jax.typeof(values).manual_axis_type.varying)
+        return jax.lax.pcast(values, missing, to="varying") if missing else values
+
+    return jax.tree.map(mark, tree)

@@ -1,0 +1,83 @@
+"""A block: attention, then a feed-forward layer, each behind a norm and added to the stream."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moe_ep.config import DispatchConfig, ModelConfig
+from moe_ep.model.mla import MultiHeadLatentAttention
+from moe_ep.model.moe import DenseMLP, MoE, MoEReport
+from moe_ep.model.norm import RMSNorm
+from moe_ep.shapes import Activations, Choices, Positions, RouterBias
+
+
+class AttentionHalf(nnx.Module):
+    """The first half of a block: x + attention(norm(x)), and the norm that the second half begins with."""
+
+    def __init__(self, key: Array, config: ModelConfig):
+        self.norm = RMSNorm(config.width, config.norm_epsilon)
+        self.attention = MultiHeadLatentAttention(
+            key,
+            config.width,
+            config.attention,
+            dtype=jnp.dtype(config.dtype),
+            norm_epsilon=config.norm_epsilon,
+            output_scale=residual_scale(config),
+        )
+
+    def __call__(self, x: Activations, positions: Positions) -> Activations:
+        with jax.named_scope("attention"):
+            return x + self.attention(self.norm(x), positions)
+
+
+class DenseBlock(nnx.Module):
+    """A block whose feed-forward layer is dense."""
+
+    def __init__(self, key: Array, config: ModelConfig):
+        keys = jax.random.split(key, 2)
+        self.first = AttentionHalf(keys[0], config)
+        self.norm = RMSNorm(config.width, config.norm_epsilon)
+        self.mlp = DenseMLP(
+            keys[1],
+            config.width,
+            config.hidden,
+            config.activation,
+            dtype=jnp.dtype(config.dtype),
+            output_scale=residual_scale(config),
+        )
+
+    def __call__(self, x: Activations, positions: Positions) -> Activations:
+        x = self.first(x, positions)
+        with jax.named_scope("dense"):
+            return x + self.mlp(self.norm(x))
+
+
+class MoEBlock(nnx.Module):
+    """A block whose feed-forward layer is routed."""
+
+    def __init__(self, key: Array, config: ModelConfig, dispatch: DispatchConfig):
+        keys = jax.random.split(key, 2)
+        self.first = AttentionHalf(keys[0], config)
+        self.norm = RMSNorm(config.width, config.norm_epsilon)
+        self.moe = MoE(
+            keys[1],
+            config.width,
+            config.moe,
+            dispatch,
+            dtype=jnp.dtype(config.dtype),
+            output_scale=residual_scale(config),
+        )
+
+    def __call__(
+        self, x: Activations, positions: Positions, bias: RouterBias, replay: Choices | None = None
+    ) -> tuple[Activations, MoEReport]:
+        x = self.first(x, positions)
+        with jax.named_scope("moe"):
+            routed, report = self.moe(self.norm(x), bias, replay)
+        return x + routed, report
+
+
+def residual_scale(config: ModelConfig) -> float:
+    """Returns the scale of matrices that write to the stream: their 2 x layers sums keep unit variance (GPT-2)."""
+    return (2 * config.layers) ** -0.5

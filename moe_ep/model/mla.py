@@ -1,0 +1,122 @@
+"""Multi-Head Latent Attention: keys and values are expanded from one latent per token.
+
+What is cached of a token is its normed latent and one rotated key that all heads
+share (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from moe_ep.config import AttentionConfig
+from moe_ep.mesh import GPU
+from moe_ep.model.norm import RMSNorm, rotate
+from moe_ep.model.parameter import matrix, whole
+from moe_ep.shapes import Activations, Positions, Queries, Values
+
+
+class MultiHeadLatentAttention(nnx.Module):
+    """One layer's attention.
+
+    Args:
+      key: of the parameters' values.
+      width: D.
+      config: sizes, rotary layout, whether weights are split inside the node.
+      dtype: of the computation.
+      norm_epsilon: of the latents' norms.
+      output_scale: of the output matrix's initial values.
+    """
+
+    def __init__(
+        self,
+        key: Array,
+        width: int,
+        config: AttentionConfig,
+        *,
+        dtype: jnp.dtype,
+        norm_epsilon: float,
+        output_scale: float,
+    ):
+        self.config = config
+        self.dtype = dtype
+        split = GPU if config.weights == "split" else None
+        keys = jax.random.split(key, 5)
+        heads, query_in = config.heads, config.query_latent_dim or width
+        if config.query_latent_dim:
+            self.query_down = matrix(keys[4], (width, config.query_latent_dim), (split, None), fan_in=width)
+            self.query_norm = RMSNorm(config.query_latent_dim, norm_epsilon)
+        self.query = matrix(keys[0], (query_in, heads, config.query_dim), (split, None, None), fan_in=query_in)
+        self.down = matrix(keys[1], (width, config.cache_dim), (split, None), fan_in=width)
+        self.latent_norm = RMSNorm(config.latent_dim, norm_epsilon)
+        expanded = config.nope_dim + config.value_dim
+        self.up = matrix(
+            keys[2], (config.latent_dim, heads, expanded), (split, None, None), fan_in=config.latent_dim
+        )
+        self.output = matrix(
+            keys[3],
+            (heads, config.value_dim, width),
+            (None, None, split),
+            fan_in=heads * config.value_dim,
+            scale=output_scale,
+        )
+
+    def __call__(self, x: Activations, positions: Positions) -> Activations:
+        """Attends causally inside each sequence, with keys and values expanded: training and prefill."""
+        queries = self.make_queries(x, positions)
+        keys, values = self.expand(self.compress(x, positions))
+        attend = ATTENTIONS[self.config.implementation]
+        attended = attend(queries, keys, values, self.scale)
+        return jnp.einsum("bshu,hud->bsd", attended, whole(self.output, self.dtype))
+
+    @property
+    def scale(self) -> float:
+        return self.config.query_dim**-0.5
+
+    def make_queries(self, x: Activations, positions: Positions) -> Queries:
+        """Returns queries in the order [without position, rotated]."""
+        if self.config.query_latent_dim:
+            x = self.query_norm(x @ whole(self.query_down, self.dtype))
+        queries = jnp.einsum("bsd,dhq->bshq", x, whole(self.query, self.dtype))
+        nope, rope = jnp.split(queries, [self.config.nope_dim], axis=-1)
+        return jnp.concatenate([nope, self._rotate(rope, positions)], axis=-1)
+
+    def compress(self, x: Activations, positions: Positions) -> Float[Array, "b s W"]:
+        """Returns what is cached: the normed latent, then the rotated shared key."""
+        latent, rope = jnp.split(x @ whole(self.down, self.dtype), [self.config.latent_dim], axis=-1)
+        rotated = self._rotate(rope[:, :, None, :], positions)[:, :, 0, :]
+        return jnp.concatenate([self.latent_norm(latent), rotated], axis=-1)
+
+    def expand(self, cached: Float[Array, "b s W"]) -> tuple[Queries, Values]:
+        """Returns every head's keys and values from what is cached."""
+        latent, rope = jnp.split(cached, [self.config.latent_dim], axis=-1)
+        expanded = jnp.einsum("bsz,zhe->bshe", latent, whole(self.up, self.dtype))
+        nope, values = jnp.split(expanded, [self.config.nope_dim], axis=-1)
+        shared = jnp.broadcast_to(rope[:, :, None, :], (*nope.shape[:-1], rope.shape[-1]))
+        return jnp.concatenate([nope, shared], axis=-1), values
+
+    def _rotate(self, x: Float[Array, "b s H O"], positions: Positions) -> Float[Array, "b s H O"]:
+        return rotate(x, positions, theta=self.config.rope_theta, layout=self.config.rope_layout)
+
+
+def attend_xla(queries: Queries, keys: Queries, values: Values, scale: float) -> Values:
+    """Causal attention as two matrix products around a float32 softmax; holds all scores in memory."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32) * scale
+    row = jnp.arange(queries.shape[1])
+    allowed = (row[:, None] >= row[None, :])[None, None]
+    share = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhqk,bkhu->bqhu", share.astype(values.dtype), values)
+
+
+def attend_cudnn(queries: Queries, keys: Queries, values: Values, scale: float) -> Values:
+    """Causal attention fused by cuDNN; values narrower than keys are padded, as cuDNN wants one size."""
+    missing = keys.shape[-1] - values.shape[-1]
+    padded = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    attended = jax.nn.dot_product_attention(
+        queries, keys, padded, scale=scale, is_causal=True, implementation="cudnn"
+    )
+    return attended[..., : values.shape[-1]]
+
+
+ATTENTIONS = {"xla": attend_xla, "cudnn": attend_cudnn}

@@ -1,0 +1,139 @@
+"""Feed-forward layers: the dense MLP, and the routed layer."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
+
+from moe_ep.config import Activation, DispatchConfig, MoEConfig
+from moe_ep.dispatch import DispatchCounts, count_experts, dispatch, make_exchange
+from moe_ep.kernels.grouped_matmul import ExpertWeights, RowGroups, expert_mlp
+from moe_ep.mesh import EXPERT
+from moe_ep.model.parameter import matrix
+from moe_ep.model.router import Router, Routing
+from moe_ep.shapes import Activations, Choices, ExpertCounts, RouterBias, Rows, Scalar
+
+
+class MoEReport(NamedTuple):
+    """What one routed layer counts on one device, and what it chose."""
+
+    dispatch: DispatchCounts
+    expert_counts: ExpertCounts  # assignments of this device's tokens, before any drop
+    choices: Choices
+    z_loss: Scalar  # sum over this device's tokens of logsumexp(logits)^2
+
+
+_ACTIVATIONS = {"gelu": lambda gate: jax.nn.gelu(gate, approximate=True), "silu_gated": jax.nn.silu}
+
+
+class DenseMLP(nnx.Module):
+    """A feed-forward layer that every token meets, without biases."""
+
+    def __init__(
+        self,
+        key: Array,
+        width: int,
+        hidden: int,
+        activation: Activation,
+        *,
+        dtype: jnp.dtype,
+        output_scale: float,
+    ):
+        self.activation, self.dtype = activation, dtype
+        keys = jax.random.split(key, 3)
+        self.w_in = matrix(keys[0], (width, hidden), (None, None), fan_in=width)
+        self.w_out = matrix(keys[1], (hidden, width), (None, None), fan_in=hidden, scale=output_scale)
+        if activation == "silu_gated":
+            self.w_gate = matrix(keys[2], (width, hidden), (None, None), fan_in=width)
+
+    def __call__(self, x: Activations) -> Activations:
+        hidden = x @ self.w_in[...].astype(self.dtype)
+        gate = x @ self.w_gate[...].astype(self.dtype) if self.activation == "silu_gated" else hidden
+        activated = _ACTIVATIONS[self.activation](gate.astype(jnp.float32)).astype(self.dtype)
+        hidden = activated * hidden if self.activation == "silu_gated" else activated
+        return hidden @ self.w_out[...].astype(self.dtype)
+
+
+class Experts(nnx.Module):
+    """This device's experts of one layer; the expert axis splits the layer's."""
+
+    def __init__(self, key: Array, width: int, config: MoEConfig, *, dtype: jnp.dtype, output_scale: float):
+        self.activation, self.dtype = config.activation, dtype
+        keys = jax.random.split(key, 3)
+        experts, hidden, axes = config.num_experts, config.hidden, (EXPERT, None, None)
+        self.w_in = matrix(keys[0], (experts, width, hidden), axes, fan_in=width)
+        self.w_out = matrix(keys[1], (experts, hidden, width), axes, fan_in=hidden, scale=output_scale)
+        if config.activation == "silu_gated":
+            self.w_gate = matrix(keys[2], (experts, width, hidden), axes, fan_in=width)
+
+    def __call__(self, rows: Rows, groups: RowGroups) -> Rows:
+        gate = self.w_gate[...].astype(self.dtype) if self.activation == "silu_gated" else None
+        weights = ExpertWeights(self.w_in[...].astype(self.dtype), self.w_out[...].astype(self.dtype), gate)
+        # Named, so that a backward pass may keep what crossed the network and compute the rest again.
+        rows = checkpoint_name(rows, "dispatched")
+        with jax.named_scope("experts"):
+            return checkpoint_name(expert_mlp(rows, weights, groups, activation=self.activation), "expert_outputs")
+
+
+class MoE(nnx.Module):
+    """The routed layer: router, dispatch to the experts' devices, experts, combine; shared experts beside them."""
+
+    def __init__(
+        self,
+        key: Array,
+        width: int,
+        config: MoEConfig,
+        dispatch: DispatchConfig,
+        *,
+        dtype: jnp.dtype,
+        output_scale: float,
+    ):
+        self.config, self.dispatch = config, dispatch
+        keys = jax.random.split(key, 3)
+        self.router = Router(keys[0], width, config)
+        self.experts = Experts(keys[1], width, config, dtype=dtype, output_scale=output_scale)
+        if config.shared_experts:
+            hidden = config.shared_experts * config.hidden
+            self.shared = DenseMLP(
+                keys[2], width, hidden, config.activation, dtype=dtype, output_scale=output_scale
+            )
+
+    def __call__(
+        self, x: Activations, bias: RouterBias, replay: Choices | None = None
+    ) -> tuple[Activations, MoEReport]:
+        """Routes this device's tokens through the whole layer's experts.
+
+        Args:
+          x: this device's tokens.
+          bias: the balance bias, used for the choice only.
+          replay: choices to use instead of the router's own.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        exchange = make_exchange(
+            self.dispatch,
+            experts=self.config.num_experts,
+            peers=jax.lax.axis_size(EXPERT),
+            tokens=tokens.shape[0],
+            top_k=self.config.top_k,
+        )
+        with jax.named_scope("router"):
+            routing = self.router(tokens, bias, replay)
+        combined, counts = dispatch(tokens, routing.choices, routing.weights, self.experts, exchange)
+        output = combined.reshape(x.shape)
+        if self.config.shared_experts:
+            with jax.named_scope("shared_experts"):
+                output = output + self.shared(x)
+        return output, self._report(routing, counts)
+
+    def _report(self, routing: Routing, counts: DispatchCounts) -> MoEReport:
+        log_partition: Float[Array, "t"] = jax.scipy.special.logsumexp(routing.logits, axis=-1)
+        return MoEReport(
+            dispatch=counts,
+            expert_counts=count_experts(routing.choices, self.config.num_experts),
+            choices=routing.choices,
+            z_loss=jnp.sum(log_partition**2),
+        )

@@ -1,0 +1,96 @@
+"""Tokens to logits: embedding, the scanned dense stack, the scanned MoE stack, norm, output head."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float32, Int32
+
+from moe_ep.config import DispatchConfig, ModelConfig
+from moe_ep.model.block import DenseBlock, MoEBlock
+from moe_ep.model.moe import MoEReport
+from moe_ep.model.norm import RMSNorm
+from moe_ep.model.parameter import matrix, stack
+from moe_ep.shapes import Activations, Logits, Tokens
+
+
+class Transformer(nnx.Module):
+    """The whole model; called inside a shard_map over the mesh of `moe_ep.mesh`.
+
+    Args:
+      key: of all parameters' values; the same key gives the same model on every mesh.
+      config: sizes and types; `attention.implementation` must be resolved (not "auto").
+      dispatch: how rows travel, and the waves of this program.
+    """
+
+    def __init__(self, key: Array, config: ModelConfig, dispatch: DispatchConfig):
+        self.config = config
+        keys = jax.random.split(key, 4)
+        table = (config.vocabulary, config.width)
+        # Unit variance after the first norm comes from the norm; small rows keep early gradients even.
+        self.embedding = matrix(keys[0], table, (None, None), fan_in=1, scale=0.02)
+        make_dense = lambda key: DenseBlock(key, config)  # noqa: E731
+        self.dense = stack(make_dense, keys[1], config.dense_layers) if config.dense_layers else None
+        self.moe = stack(lambda key: MoEBlock(key, config, dispatch), keys[2], config.moe_layers)
+        self.norm = RMSNorm(config.width, config.norm_epsilon)
+        self.head = matrix(keys[3], (config.width, config.vocabulary), (None, None), fan_in=config.width)
+
+    def __call__(
+        self, tokens: Tokens, bias: Float32[Array, "L E"], replay: Int32[Array, "L t K"] | None = None
+    ) -> tuple[Activations, MoEReport]:
+        """Returns the normed output of the last block and every MoE layer's report, stacked over layers.
+
+        Args:
+          tokens: this device's sequences, each from position 0.
+          bias: the balance bias of every MoE layer.
+          replay: choices to use instead of the routers' own.
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+        with jax.named_scope("embedding"):
+            x = self.embedding[...].astype(jnp.dtype(self.config.dtype))[tokens]
+        remember = _REMAT[self.config.remat]
+
+        @remember
+        def dense_step(x: Activations, block: DenseBlock) -> tuple[Activations, None]:
+            return block(x, positions), None
+
+        @remember
+        def moe_step(x: Activations, layer: tuple) -> tuple[Activations, MoEReport]:
+            block, bias, replay = layer
+            return block(x, positions, bias, replay)
+
+        if self.dense is not None:
+            x, _ = jax.lax.scan(dense_step, x, self.dense)
+        x, reports = jax.lax.scan(moe_step, x, (self.moe, bias, replay))
+        return self.norm(x), reports
+
+    def logits(self, hidden: Activations) -> Logits:
+        """Returns float32 logits over the vocabulary."""
+        with jax.named_scope("head"):
+            head = self.head[...].astype(hidden.dtype)
+            return jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=jnp.float32)
+
+
+_KEEP = jax.checkpoint_policies.save_only_these_names("dispatched", "expert_outputs")
+_REMAT: dict[str, Callable] = {
+    "none": lambda step: step,
+    "keep_dispatch": lambda step: jax.checkpoint(step, policy=_KEEP, prevent_cse=False),
+    "block": lambda step: jax.checkpoint(step, prevent_cse=False),
+}
+
+
+def for_platform(config: ModelConfig, platform: str) -> ModelConfig:
+    """Returns the config with attention's implementation resolved for the platform that will run it.
+
+    Args:
+      config: of the model.
+      platform: "cpu" or "gpu", of the mesh's devices (which need not be here).
+    """
+    if config.attention.implementation != "auto":
+        return config
+    fused = platform == "gpu" and config.dtype == "bfloat16"
+    attention = dataclasses.replace(config.attention, implementation="cudnn" if fused else "xla")
+    return dataclasses.replace(config, attention=attention)

@@ -1,0 +1,180 @@
+"""One training step as one program: forward, backward, gradient sums, update, balance.
+
+Loss, gradients and counts are computed in one shard_map, where every collective
+is a visible call. The update is elementwise optax on whole arrays, sharded as the
+parameters are, so it needs none but the global norm's.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float32, Int32
+
+from moe_ep.config import Config
+from moe_ep.dispatch import DispatchCounts
+from moe_ep.mesh import ALL_AXES, TOKENS, vary
+from moe_ep.model.router import mean_score
+from moe_ep.model.transformer import Transformer
+from moe_ep.shapes import Count, Scalar
+from moe_ep.train import balance
+from moe_ep.train.loss import LossReport, local_loss
+from moe_ep.train.optimizer import make_optimizer
+from moe_ep.train.state import TrainState, abstract_state
+
+CHOICES = P(None, None, ALL_AXES)  # micro-batch, layer, token, choice
+
+
+class BatchReport(NamedTuple):
+    """What a batch gave, the same on every device but for the choices, which stay with their tokens."""
+
+    loss: Scalar  # mean cross-entropy, nats
+    expert_counts: Int32[Array, "L E"]
+    dispatch: DispatchCounts  # summed over devices, layers and micro-batches; waves: the most
+    choices: Int32[Array, "A L T K"]
+
+
+class StepReport(NamedTuple):
+    """A batch's report and what the update made of it."""
+
+    batch: BatchReport
+    gradient_norm: Scalar
+    fits: Array  # bool: the program had waves enough; if not, the state is unchanged
+    finite: Array  # bool: loss and gradients; if not, the update was skipped
+    max_bias: Scalar
+
+
+def _summarize(report: LossReport, global_tokens: int) -> BatchReport:
+    """Sums over devices, layers and micro-batches; the report's leading axis is the micro-batch."""
+    layers = report.layers
+    expert_counts = jax.lax.psum(jnp.sum(layers.expert_counts, axis=0), ALL_AXES)
+    totals = jax.tree.map(lambda counts: jax.lax.psum(jnp.sum(counts), ALL_AXES), layers.dispatch)
+    waves = jax.lax.pmax(jnp.max(layers.dispatch.waves_needed), ALL_AXES)
+    loss = jax.lax.psum(jnp.sum(report.cross_entropy), ALL_AXES) / global_tokens
+    return BatchReport(loss, expert_counts, totals._replace(waves_needed=waves), layers.choices)
+
+
+def sum_gradients(gradients: Transformer, specs: Transformer) -> Transformer:
+    """Sums each gradient over the axes that hold copies of its parameter."""
+
+    def add(gradient: Array, spec: P) -> Array:
+        split = {axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
+        copies = tuple(axis for axis in ALL_AXES if axis not in split)
+        return jax.lax.psum(gradient, copies) if copies else gradient
+
+    with jax.named_scope("sum_gradients"):
+        return jax.tree.map(add, gradients, specs)
+
+
+def make_gradients(config: Config, specs: Transformer, mesh: Mesh) -> Callable:
+    """Returns (parameters, tokens, bias, replay) -> (gradients, BatchReport), over whole arrays.
+
+    Tokens are int32 [batch_sequences, sequence + 1]; replay is None or the choices
+    of an earlier report.
+    """
+    train = config.train
+    global_tokens = train.batch_sequences * train.sequence
+
+    def on_device(parameters, tokens, bias, replay):
+        parameters, bias = vary(parameters), vary(bias)
+        tokens = tokens.reshape(train.accumulation, -1, tokens.shape[-1])
+
+        def loss(parameters, tokens, replay):
+            return local_loss(
+                parameters, tokens, bias, replay, global_tokens=global_tokens, z_loss=train.router_z_loss
+            )
+
+        def add_micro_batch(total, micro_batch):
+            gradients, report = jax.grad(loss, has_aux=True)(parameters, *micro_batch)
+            return jax.tree.map(jnp.add, total, gradients), report
+
+        if train.accumulation == 1:
+            first = None if replay is None else replay[0]
+            gradients, report = jax.grad(loss, has_aux=True)(parameters, tokens[0], first)
+            reports = jax.tree.map(lambda leaf: leaf[None], report)
+        else:
+            zeros = vary(jax.tree.map(jnp.zeros_like, parameters))
+            gradients, reports = jax.lax.scan(add_micro_batch, zeros, (tokens, replay))
+        return sum_gradients(gradients, specs), _summarize(reports, global_tokens)
+
+    def call(parameters, tokens, bias, replay):
+        # The choices stay with their tokens; all else is the same everywhere.
+        report_specs = BatchReport(P(), P(), P(), CHOICES)
+        sharded = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(specs, TOKENS, P(), None if replay is None else CHOICES),
+            out_specs=(specs, report_specs),
+        )
+        return sharded(parameters, tokens, bias, replay)
+
+    return call
+
+
+def parameter_specs(config: Config, mesh: Mesh) -> Transformer:
+    """Returns the PartitionSpec of every parameter, as stated where it is made."""
+    return nnx.get_partition_spec(abstract_state(config, mesh).parameters)
+
+
+def with_waves(config: Config, waves: int) -> Config:
+    """Returns the config of the program with this many waves."""
+    return dataclasses.replace(config, dispatch=dataclasses.replace(config.dispatch, waves=waves))
+
+
+def make_step(config: Config, mesh: Mesh) -> Callable:
+    """Returns the jitted (state, tokens, replay=None) -> (state, StepReport); the state is donated.
+
+    The program has `config.dispatch.waves` waves. When the routing needs more (and
+    drops are not asked for), or a gradient is not finite, the returned state equals
+    the one passed in.
+    """
+    gradients_of = make_gradients(config, parameter_specs(config, mesh), mesh)
+    optimizer = make_optimizer(config.train.optimizer, config.train.steps)
+    unit = mean_score(config.model.moe)
+
+    def step(state: TrainState, tokens: Int32[Array, "B S1"], replay=None):
+        gradients, report = gradients_of(state.parameters, tokens, state.bias, replay)
+        with jax.numpy_dtype_promotion("standard"):
+            norm = optax.global_norm(gradients)
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+            parameters = optax.apply_updates(state.parameters, updates)
+        load, step_done = state.load + report.expert_counts, state.step + 1
+        due = step_done % state.balance_interval == 0
+        moved = balance.update(state.bias, load, config.balance, unit)
+        after = state._replace(
+            step=step_done,
+            parameters=parameters,
+            optimizer=optimizer_state,
+            bias=jnp.where(due, moved, state.bias),
+            load=jnp.where(due, jnp.zeros_like(load), load),
+        )
+        fits = report.dispatch.waves_needed <= config.dispatch.waves
+        finite = jnp.isfinite(report.loss) & jnp.isfinite(norm)
+        accepted = (fits | config.dispatch.drop) & finite
+        after = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, state)
+        return after, StepReport(report, norm, fits, finite, jnp.max(jnp.abs(after.bias)))
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_evaluate(config: Config, mesh: Mesh) -> Callable:
+    """Returns the jitted (parameters, tokens, bias) -> (mean loss, waves needed); counts no load."""
+    specs = parameter_specs(config, mesh)
+    global_tokens = config.train.batch_sequences * config.train.sequence
+
+    def on_device(parameters, tokens, bias) -> tuple[Float32[Array, ""], Count]:
+        parameters, bias = vary(parameters), vary(bias)
+        _, report = local_loss(parameters, tokens, bias, None, global_tokens=global_tokens, z_loss=0.0)
+        summary = _summarize(jax.tree.map(lambda leaf: leaf[None], report), global_tokens)
+        return summary.loss, summary.dispatch.waves_needed
+
+    return jax.jit(
+        jax.shard_map(on_device, mesh=mesh, in_specs=(specs, TOKENS, P()), out_specs=(P(), P()))
+    )

@@ -1,0 +1,204 @@
+"""Every transport, on emulated devices, against one device that computes every expert for every token."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_ep.config import ClusterConfig, MeshConfig
+from moe_ep.dispatch import TRANSPORTS, DispatchCounts, Exchange, dispatch
+from moe_ep.kernels.grouped_matmul import ExpertWeights, expert_mlp
+from moe_ep.mesh import ALL_AXES, EXPERT, TOKENS, make_mesh, vary
+
+WIDTH, HIDDEN = 16, 24
+
+
+def make_inputs(tokens, experts, top_k, routing, seed=0):
+    """Returns token rows, weights of the experts, choices and their weights."""
+    random = np.random.default_rng(seed)
+    scores = random.normal(size=(tokens, experts))
+    if routing == "zipf":
+        scores += -3.0 * np.log(np.arange(1, experts + 1))
+    choices = np.argsort(-scores, axis=1)[:, :top_k]
+    if routing == "same":
+        choices = np.broadcast_to(np.arange(top_k), (tokens, top_k))
+    weights = random.uniform(0.1, 1.0, size=(tokens, top_k))
+    return (
+        jnp.asarray(random.normal(size=(tokens, WIDTH)), jnp.float32),
+        ExpertWeights(
+            jnp.asarray(random.normal(size=(experts, WIDTH, HIDDEN)) / 4, jnp.float32),
+            jnp.asarray(random.normal(size=(experts, HIDDEN, WIDTH)) / 4, jnp.float32),
+            None,
+        ),
+        jnp.asarray(choices, jnp.int32),
+        jnp.asarray(weights, jnp.float32),
+    )
+
+
+def dense_oracle(tokens, experts, choices, weights):
+    """Computes every expert for every token, and keeps what was chosen."""
+    hidden = jax.nn.gelu(jnp.einsum("td,edf->tef", tokens, experts.w_in), approximate=True)
+    outputs = jnp.einsum("tef,efd->ted", hidden, experts.w_out)
+    chosen = jnp.take_along_axis(outputs, choices[:, :, None], axis=1)
+    return jnp.sum(chosen * weights[:, :, None], axis=1)
+
+
+def routed(mesh, exchange):
+    """Returns the layer on a mesh, from whole arrays to whole arrays, with counts summed over devices."""
+
+    def on_device(tokens, experts, choices, weights):
+        experts = vary(experts)
+        apply = lambda rows, groups: expert_mlp(rows, experts, groups, activation="gelu")  # noqa: E731
+        output, counts = dispatch(tokens, choices, weights, apply, exchange)
+        counts = vary(counts)
+        totals = jax.tree.map(lambda count: jax.lax.psum(count, ALL_AXES), counts)
+        return output, totals._replace(waves_needed=jax.lax.pmax(counts.waves_needed, ALL_AXES))
+
+    specs = (TOKENS, ExpertWeights(P(EXPERT), P(EXPERT), None), TOKENS, TOKENS)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=(TOKENS, DispatchCounts(*(P(),) * 4)))
+
+
+def run_until_it_fits(mesh, exchange, inputs, target):
+    """Returns output, counts and gradients of the first program with waves enough, and how many it took."""
+    tries = 0
+    while True:
+        tries += 1
+
+        def loss(tokens, experts, weights):
+            output, counts = routed(mesh, exchange)(tokens, experts, inputs[2], weights)
+            return jnp.sum(output * target), (output, counts)
+
+        differentiated = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+        (_, (output, counts)), gradients = differentiated(inputs[0], inputs[1], inputs[3])
+        if counts.waves_needed <= exchange.waves:
+            return output, counts, gradients, tries
+        exchange = exchange.with_waves(int(counts.waves_needed))
+
+
+def oracle(inputs, target):
+    def loss(tokens, experts, weights):
+        output = dense_oracle(tokens, experts, inputs[2], weights)
+        return jnp.sum(output * target), output
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(inputs[0], inputs[1], inputs[3])
+
+
+def largest_error(actual, expected):
+    """Returns the largest difference of any leaf relative to that leaf's largest entry."""
+
+    def error(actual, expected):
+        return float(jnp.max(jnp.abs(actual - expected)) / jnp.max(jnp.abs(expected)))
+
+    return max(jax.tree.leaves(jax.tree.map(error, actual, expected)))
+
+
+def layer_mesh(expert, data=1, gpus_per_node=8, experts=8):
+    cluster = ClusterConfig(gpus_per_node=gpus_per_node, nics_per_node=1)
+    return make_mesh(MeshConfig(data, expert), cluster, experts, jax.devices()[: expert * data])
+
+
+def check_equal_to_oracle(mesh, exchange, inputs):
+    target = jnp.asarray(np.random.default_rng(1).normal(size=inputs[0].shape), jnp.float32)
+    output, counts, gradients, tries = run_until_it_fits(mesh, exchange, inputs, target)
+    expected_gradients, expected = oracle(inputs, target)
+    assert largest_error(output, expected) < 1e-5
+    assert largest_error(gradients, expected_gradients) < 1e-5
+    assert int(counts.rows_dropped) == 0
+    return counts, tries
+
+
+@pytest.mark.parametrize("routing", ["uniform", "zipf", "same"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_layer_equals_dense_oracle(transport, routing):
+    inputs = make_inputs(tokens=8 * 64, experts=8, top_k=2, routing=routing)
+    exchange = Exchange(experts=8, peers=8, tokens=64, top_k=2, transport=transport)
+    counts, tries = check_equal_to_oracle(layer_mesh(8), exchange, inputs)
+    # Only uneven routing needs more waves than one, and then one more try.
+    assert tries == (1 if routing == "uniform" else 2)
+    assert int(counts.waves_needed) > 1 or routing == "uniform"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    ("expert", "data", "gpus_per_node", "chunks"), [(1, 1, 8, 1), (2, 2, 8, 2), (4, 1, 2, 4), (8, 2, 4, 1)]
+)
+def test_meshes_and_chunks(transport, expert, data, gpus_per_node, chunks):
+    inputs = make_inputs(tokens=256, experts=8, top_k=2, routing="zipf")
+    exchange = Exchange(
+        experts=8, peers=expert, tokens=256 // (expert * data), top_k=2, transport=transport, chunks=chunks
+    )
+    check_equal_to_oracle(layer_mesh(expert, data, gpus_per_node), exchange, inputs)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_one_expert_on_each_of_128_devices(transport):
+    inputs = make_inputs(tokens=128 * 16, experts=128, top_k=2, routing="uniform")
+    exchange = Exchange(experts=128, peers=128, tokens=16, top_k=2, transport=transport)
+    check_equal_to_oracle(layer_mesh(128, experts=128), exchange, inputs)
+
+
+@hypothesis.given(
+    tokens=st.integers(1, 40),
+    top_k=st.integers(1, 4),
+    chunks=st.integers(1, 3),
+    margin=st.floats(0.0, 5.0),
+    skew=st.floats(0.0, 4.0),
+    transport=st.sampled_from(sorted(TRANSPORTS)),
+    seed=st.integers(0, 2**16),
+)
+@hypothesis.settings(max_examples=12)
+def test_any_routing_is_dropless(tokens, top_k, chunks, margin, skew, transport, seed):
+    random = np.random.default_rng(seed)
+    inputs = list(make_inputs(4 * tokens, 8, top_k, "uniform", seed))
+    scores = random.normal(size=(4 * tokens, 8)) - skew * np.log(np.arange(1, 9))
+    inputs[2] = jnp.asarray(np.argsort(-scores, axis=1)[:, :top_k], jnp.int32)
+    exchange = Exchange(
+        experts=8, peers=4, tokens=tokens, top_k=top_k, transport=transport, chunks=chunks, margin_sigmas=margin
+    )
+    check_equal_to_oracle(layer_mesh(4), exchange, tuple(inputs))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_drops_are_counted(transport):
+    tokens, choices = 64, jnp.zeros((8 * 64, 2), jnp.int32).at[:, 1].set(1)
+    inputs = make_inputs(8 * tokens, 8, 2, "same")
+    exchange = Exchange(experts=8, peers=8, tokens=tokens, top_k=2, transport=transport)
+    mesh = layer_mesh(8)
+    _, counts = jax.jit(routed(mesh, exchange))(inputs[0], inputs[1], choices, inputs[3])
+    capacity = TRANSPORTS[transport].queue_rows(exchange)
+    buffers = 2 * (8 if transport == "all_to_all" else 1)  # queues of the two experts chosen by all
+    assert int(counts.rows_dropped) == 8 * tokens * 2 - buffers * capacity
+
+
+def compiled_text(mesh, exchange, experts):
+    tokens = exchange.tokens * exchange.peers
+    inputs = make_inputs(tokens, experts, exchange.top_k, "uniform")
+    return jax.jit(routed(mesh, exchange)).lower(*inputs).compile().as_text()
+
+
+@pytest.mark.parametrize(("waves", "chunks"), [(1, 1), (2, 1), (1, 2)])
+def test_two_all_to_alls_a_slice(waves, chunks):
+    exchange = Exchange(experts=128, peers=128, tokens=16, top_k=2, waves=waves, chunks=chunks)
+    text = compiled_text(layer_mesh(128, experts=128), exchange, 128)
+    assert text.count(" all-to-all(") == 2 * waves * chunks
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_no_communication_on_one_device(transport):
+    exchange = Exchange(experts=8, peers=1, tokens=64, top_k=2, transport=transport)
+    text = compiled_text(layer_mesh(1), exchange, 8)
+    assert not any(name in text for name in ("all-to-all", "all-gather", "reduce-scatter"))
+
+
+def test_plan_memory_is_linear_in_assignments():
+    """No array of the plan, or of making it, is larger than a few times tokens x top-k plus the buffers."""
+    exchange = Exchange(experts=128, peers=128, tokens=4096, top_k=2)
+    transport = TRANSPORTS["all_to_all"]
+    jaxpr = jax.make_jaxpr(functools.partial(transport.plan, exchange=exchange))(jnp.zeros((4096, 2), jnp.int32))
+    largest = max(variable.aval.size for equation in jaxpr.eqns for variable in equation.outvars)
+    assert largest <= 4 * max(4096 * 2, 128 * transport.queue_rows(exchange))
