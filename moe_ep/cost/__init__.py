@@ -1,0 +1,1 @@
+"""Bytes, FLOPs and seconds by formula: kernels, network, memory. No jax."""

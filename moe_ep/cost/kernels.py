@@ -1,0 +1,177 @@
+"""Kernel tables: measured (operation, shape) -> utilisation, and seconds for any shape.
+
+A table row is one measurement. Between rows the *utilisation* (roofline time over
+measured time) is interpolated, never the time, so that a shape twice as large
+costs about twice as much; outside the rows the nearest utilisation holds and the
+answer is marked as extrapolated. The same utilisation on another GPU means that
+memory-bound work scales with its bandwidth and compute-bound work with its FLOP/s.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import typing
+
+from moe_ep.hardware import GPUS, Gpu
+
+TABLES = pathlib.Path(__file__).parent / "tables"
+_NEIGHBOURS = 4
+_BYTES = {"fp8": 1, "bf16": 2, "float32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One kernel call on one GPU: what it does and what it touches.
+
+    `shape` is what neighbours in a table are found by: (rows per group, K, N, groups)
+    for products, (sequences, context, heads) for attention, (bytes,) for memory-bound work.
+    """
+
+    op: str  # gemm, grouped_gemm, attention, attention_backward, mla_decode, memory
+    dtype: str
+    flops: float
+    bytes: float
+    shape: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A row of a table."""
+
+    op: str
+    dtype: str
+    shape: tuple[float, ...]
+    utilisation: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, and whether its shape lies outside all measured ones."""
+
+    seconds: float
+    extrapolated: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelTable:
+    """Measurements of one family of kernels.
+
+    Attributes:
+      launch_s: what no kernel call goes under, however little it does.
+    """
+
+    name: str
+    source: str
+    launch_s: float
+    rows: tuple[Measurement, ...]
+    # Work runs on this share of the SMs (communication kernels hold the others).
+    compute_share: float = 1.0
+
+    def seconds(self, work: Work, gpu: Gpu) -> float:
+        """Returns the seconds of one call, never less than the roofline."""
+        return self.time(work, gpu).seconds
+
+    def time(self, work: Work, gpu: Gpu) -> Timing:
+        """Returns the seconds of one call; nothing to do costs nothing."""
+        if work.flops == 0 and work.bytes == 0:
+            return Timing(0.0, False)
+        utilisation, extrapolated = _utilisation(self.rows, work.op, work.dtype, work.shape)
+        floor = roofline_seconds(work, gpu, self.compute_share)
+        return Timing(max(floor / utilisation, self.launch_s), extrapolated)
+
+
+def roofline_seconds(work: Work, gpu: Gpu, compute_share: float = 1.0) -> float:
+    """Returns the larger of FLOPs over peak and bytes over memory bandwidth."""
+    return max(work.flops / (peak_flops(gpu, work.dtype) * compute_share), work.bytes / gpu.memory_bytes_per_s)
+
+
+def peak_flops(gpu: Gpu, dtype: str) -> float:
+    """Returns dense FLOP/s of a type on a GPU."""
+    return gpu.fp8_flops_per_s if dtype == "fp8" else gpu.bf16_flops_per_s
+
+
+def gemm(m: float, k: float, n: float, dtype: str, groups: int = 1, out_bytes: int = 2) -> Work:
+    """Returns the work of `groups` products [m, k] x [k, n], all operands read once and the output written once."""
+    operand = _BYTES[dtype]
+    touched = groups * (operand * (m * k + k * n) + out_bytes * m * n)
+    op = "grouped_gemm" if groups > 1 else "gemm"
+    return Work(op, dtype, 2.0 * groups * m * k * n, touched, (m, k, n, groups))
+
+
+def memory_pass(touched_bytes: float) -> Work:
+    """Returns the work of an elementwise pass that reads and writes so many bytes."""
+    return Work("memory", "bf16", 0.0, touched_bytes, (touched_bytes,))
+
+
+@dataclasses.dataclass(frozen=True)
+class AssumedKernels:
+    """Stands in for a table where a source only assumes one MFU and one share of the memory bandwidth."""
+
+    mfu: float
+    memory_efficiency: float
+    compute_share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"assumed: MFU {self.mfu:.0%}, memory bandwidth {self.memory_efficiency:.0%}"
+
+    def seconds(self, work: Work, gpu: Gpu) -> float:
+        """Returns the larger of compute and memory time at the assumed efficiencies."""
+        compute = work.flops / (peak_flops(gpu, work.dtype) * self.mfu * self.compute_share)
+        return max(compute, work.bytes / (gpu.memory_bytes_per_s * self.memory_efficiency))
+
+
+@functools.lru_cache(maxsize=65536)
+def _utilisation(rows: tuple, op: str, dtype: str, shape: tuple[float, ...]) -> tuple[float, bool]:
+    """Returns the inverse-square-distance mean of the nearest rows' utilisations, in log2 of the shape."""
+    same = [row for row in rows if row.op == op and row.dtype == dtype]
+    if not same:
+        raise KeyError(f"the kernel table has no row of op {op} in {dtype}")
+    place = _logs(shape)
+    distances = sorted((_distance(_logs(row.shape), place), row.utilisation) for row in same)
+    nearest = distances[:_NEIGHBOURS]
+    if nearest[0][0] < 1e-6:
+        return nearest[0][1], False
+    weights = [distance**-2 for distance, _ in nearest]
+    mean = sum(weight * value for weight, (_, value) in zip(weights, nearest)) / sum(weights)
+    return mean, _is_outside(place, [_logs(row.shape) for row in same])
+
+
+def _logs(shape: typing.Sequence[float]) -> tuple[float, ...]:
+    return tuple(math.log2(max(size, 1.0)) for size in shape)
+
+
+def _distance(one: typing.Sequence[float], other: typing.Sequence[float]) -> float:
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, other)))
+
+
+def _is_outside(place: tuple[float, ...], rows: list[tuple[float, ...]]) -> bool:
+    return any(not min(column) <= value <= max(column) for value, column in zip(place, zip(*rows)))
+
+
+@functools.lru_cache(maxsize=None)
+def load_table(name_or_path: str) -> KernelTable:
+    """Reads a table: `h200_bf16`, `hopper_fp8_deepseek`, or a path to a JSON of the same form.
+
+    A row has op, dtype, shape, and either seconds with flops and bytes, or utilisation.
+
+    Raises:
+      FileNotFoundError, KeyError: no such table, or a row without what it needs.
+    """
+    path = pathlib.Path(name_or_path)
+    if path.suffix != ".json":
+        path = TABLES / f"{name_or_path}.json"
+    document = json.loads(path.read_text())
+    gpu = GPUS[document["gpu"]]
+    rows = tuple(_measurement(row, gpu) for row in document["rows"])
+    return KernelTable(document["name"], document["source"], document["launch_s"], rows)
+
+
+def _measurement(row: dict[str, typing.Any], gpu: Gpu) -> Measurement:
+    shape = tuple(row["shape"])
+    if "utilisation" in row:
+        return Measurement(row["op"], row["dtype"], shape, min(row["utilisation"], 1.0))
+    work = Work(row["op"], row["dtype"], row["flops"], row["bytes"], shape)
+    return Measurement(row["op"], row["dtype"], shape, min(roofline_seconds(work, gpu) / row["seconds"], 1.0))

@@ -1,0 +1,92 @@
+"""Bytes on one GPU, part by part, each by formula."""
+
+import dataclasses
+
+from moe_ep.config import ModelConfig, attention_parameters, mlp_parameters
+
+# Of each trained parameter: float32 master weight, Adam's two moments, and its gradient.
+_MASTER_BYTES, _ADAM_BYTES, _GRADIENT_BYTES = 4, 8, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What decides a GPU's memory.
+
+    Attributes:
+      layer_share: the share of all layers that a pipeline stage holds (1 / stages).
+      slots: experts of one layer on this GPU, replicas counted.
+      attention_share: the share of attention's weights on this GPU (1: replicated).
+      tokens: tokens in flight on this GPU at once (all micro-batches of a step).
+      cached_tokens: tokens whose keys and values stay on this GPU.
+      buffer_rows: rows of all (source, destination) buffers in flight, one direction.
+      expert_rows: rows of the compact buffer that the experts read at once.
+      saved_layers: layers whose activations a training step keeps for its backward pass.
+    """
+
+    model: ModelConfig
+    training: bool
+    weight_bytes: int
+    cache_bytes: int
+    layer_share: float
+    slots: int
+    attention_share: float
+    tokens: float
+    cached_tokens: float
+    buffer_rows: float
+    expert_rows: float
+    saved_layers: float = 0.0
+
+
+def parameters_per_gpu(plan: MemoryPlan) -> dict[str, float]:
+    """Returns parameters held by one GPU, by part; embeddings stand on the first and last stage."""
+    model, moe = plan.model, plan.model.moe
+    expert = mlp_parameters(model.width, moe.hidden, moe.activation)
+    layers = plan.layer_share
+    norms = 2 * model.width + model.attention.latent_dim + model.attention.query_latent_dim
+    return {
+        "experts": layers * model.moe_layers * plan.slots * expert,
+        "attention": layers * model.layers * attention_parameters(model.width, model.attention) * plan.attention_share,
+        "dense": layers * model.dense_layers * mlp_parameters(model.width, model.hidden, model.activation),
+        "shared": layers * model.moe_layers * moe.shared_experts * expert,
+        "router": layers * model.moe_layers * model.width * moe.num_experts,
+        "embedding": (2 if layers == 1 else 1) * model.vocabulary * model.width,
+        "norm": layers * model.layers * norms + model.width,
+    }
+
+
+def bytes_per_gpu(plan: MemoryPlan) -> dict[str, float]:
+    """Returns bytes of one GPU by part: weights, gradients, optimizer, kv_cache, activations, buffers."""
+    parameters = parameters_per_gpu(plan)
+    count = sum(parameters.values())
+    small = parameters["router"] + parameters["norm"]  # kept in float32
+    inference = (count - small) * plan.weight_bytes + small * 4
+    parts = {"weights": count * _MASTER_BYTES if plan.training else inference}
+    if plan.training:
+        parts["gradients"] = count * _GRADIENT_BYTES
+        parts["optimizer"] = count * _ADAM_BYTES
+    attention, layers = plan.model.attention, plan.layer_share * plan.model.layers
+    parts["kv_cache"] = plan.cached_tokens * layers * attention.cache_dim * plan.cache_bytes
+    parts["activations"] = _activations(plan)
+    parts["buffers"] = _buffers(plan)
+    return parts
+
+
+def _activations(plan: MemoryPlan) -> float:
+    """The residual stream, one attention block's inputs, and what training saves of each layer."""
+    model, attention = plan.model, plan.model.attention
+    heads = attention.heads * (2 * attention.query_dim + 2 * attention.value_dim)
+    block = plan.tokens * 2 * (4 * model.width + heads + attention.cache_dim)
+    logits = plan.tokens * model.vocabulary * 4 if plan.training else 0.0
+    return block + logits + plan.saved_layers * plan.tokens * model.width * 2
+
+
+def _buffers(plan: MemoryPlan) -> float:
+    """Sent and received rows, the compact rows, their hidden rows and results."""
+    model, moe = plan.model, plan.model.moe
+    gate = 2 if moe.activation == "silu_gated" else 1
+    return 2 * (2 * plan.buffer_rows * model.width + plan.expert_rows * (2 * model.width + gate * moe.hidden))
+
+
+def total(parts: dict[str, float]) -> float:
+    """Returns the sum over parts."""
+    return sum(parts.values())

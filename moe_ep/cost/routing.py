@@ -1,0 +1,170 @@
+"""Which experts tokens choose: shares from uniform to a recorded trace, and rows between GPUs."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import numpy as np
+
+from moe_ep.config import ConfigError, ModelConfig
+from moe_ep.placement import Placement
+
+_LAYERS_SAMPLED = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Routing:
+    """How choices fall. Equal only to itself, so that what is drawn from it can be cached.
+
+    Attributes:
+      shares: [layers, experts], each expert's share of a layer's assignments; a layer sums to 1.
+      sampled: counts are drawn at random; False: counts are exactly the shares.
+      together: [experts, experts] from a trace, how often two experts share a token; else None.
+    """
+
+    name: str
+    shares: np.ndarray
+    sampled: bool
+    together: np.ndarray | None = None
+
+    def counts(self, layer: int, tokens: float, sources: int, top_k: int, seed: int = 0) -> np.ndarray:
+        """Returns rows from each source to each expert, [sources, experts]; each source sums to tokens x top_k."""
+        share = self.shares[layer % len(self.shares)]
+        assignments = tokens * top_k
+        if not self.sampled:
+            return np.tile(share * assignments, (sources, 1))
+        generator = np.random.default_rng((seed, layer, sources))
+        return generator.multinomial(round(assignments), share, size=sources).astype(float)
+
+
+def make_routing(spec: str, num_experts: int, top_k: int, seed: int = 0) -> Routing:
+    """Builds routing from its name.
+
+    Args:
+      spec: "balanced" (every expert exactly its share), "uniform" (random, equal
+        probabilities), "zipf:EXPONENT", "histogram:FILE" (JSON: a list of counts, or one per
+        layer), "trace:FILE" (.npy of int [tokens, top_k] or [layers, tokens, top_k]).
+
+    Raises:
+      ConfigError: an unknown name or a file that does not fit the model.
+    """
+    kind, _, argument = spec.partition(":")
+    equal = np.full((1, num_experts), 1 / num_experts)
+    if kind == "balanced":
+        return Routing(spec, equal, sampled=False)
+    if kind == "uniform":
+        return Routing(spec, np.tile(equal, (_LAYERS_SAMPLED, 1)), sampled=True)
+    if kind == "zipf":
+        return Routing(spec, _zipf(_number(argument, spec), num_experts, top_k, seed), sampled=True)
+    if kind in ("histogram", "trace"):
+        return _recorded(kind, argument, spec, num_experts)
+    raise _wrong(spec)
+
+
+def _wrong(spec: str) -> ConfigError:
+    return ConfigError(
+        f"--set simulate.routing={spec}: allowed is balanced, uniform, zipf:EXPONENT, histogram:FILE or trace:FILE"
+    )
+
+
+def _number(text: str, spec: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise _wrong(spec) from None
+    if not 0 <= value < 10:
+        raise _wrong(spec)
+    return value
+
+
+def _zipf(exponent: float, num_experts: int, top_k: int, seed: int) -> np.ndarray:
+    """Shares as rank^-exponent, hot experts at random places of each layer."""
+    share = capped(np.arange(1, num_experts + 1) ** -exponent, top_k)
+    generator = np.random.default_rng(seed)
+    return np.stack([share[generator.permutation(num_experts)] for _ in range(_LAYERS_SAMPLED)])
+
+
+def capped(weights: np.ndarray, top_k: int) -> np.ndarray:
+    """Returns weights normalised to 1 with none over 1 / top_k: a token chooses an expert at most once."""
+    share = weights / weights.sum()
+    while share.max() > 1 / top_k + 1e-12:
+        full = share >= 1 / top_k - 1e-12
+        rest = share[~full].sum()
+        share = np.where(full, 1 / top_k, share * ((1 - full.sum() / top_k) / max(rest, 1e-300)))
+    return share
+
+
+def _recorded(kind: str, path: str, spec: str, num_experts: int) -> Routing:
+    try:
+        data = np.load(path) if kind == "trace" else np.asarray(json.loads(open(path).read()), dtype=float)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--set simulate.routing={spec}: allowed is a readable file ({error})") from error
+    if kind == "histogram":
+        counts, together = np.atleast_2d(data), None
+    else:
+        layers = data[None] if data.ndim == 2 else data
+        if layers.ndim != 3 or layers.min() < 0 or layers.max() >= num_experts:
+            raise ConfigError(f"--set simulate.routing={spec}: allowed is int [layers, tokens, top_k] under {num_experts}")
+        counts = np.stack([np.bincount(layer.reshape(-1), minlength=num_experts) for layer in layers]).astype(float)
+        together = _pairs(layers, num_experts)
+    if counts.shape[1] != num_experts or counts.min() < 0 or (counts.sum(axis=1) == 0).any():
+        raise ConfigError(f"--set simulate.routing={spec}: allowed is {num_experts} counts a layer, not {counts.shape}")
+    return Routing(spec, counts / counts.sum(axis=1, keepdims=True), sampled=True, together=together)
+
+
+def _pairs(layers: np.ndarray, num_experts: int) -> np.ndarray:
+    chosen = np.zeros((layers.shape[0] * layers.shape[1], num_experts))
+    np.put_along_axis(chosen, layers.reshape(-1, layers.shape[2]), 1.0, axis=1)
+    return chosen.T @ chosen
+
+
+def rows_between(counts: np.ndarray, placement: Placement) -> np.ndarray:
+    """Returns rows that each source sends to each device, [sources, devices]."""
+    per_slot = counts[:, placement.slots] / placement.replicas[placement.slots]
+    return per_slot.sum(axis=2)
+
+
+def buffer_rows(tokens: float, top_k: int, peers: int, margin_sigmas: float) -> int:
+    """Returns C, the rows of one (source, destination) buffer: mean + margin sqrt(mean) + 1."""
+    mean = tokens * top_k / peers
+    return math.floor(mean + margin_sigmas * math.sqrt(mean)) + 1
+
+
+def nodes_reached(model: ModelConfig, share: np.ndarray, placement: Placement, devices_per_node: int) -> np.ndarray:
+    """Returns the probability that a token has at least one expert on each node, [nodes].
+
+    Equal shares without replicas are counted exactly (choices without replacement, and of
+    the kept groups only where routing is limited to groups); otherwise choices count as independent.
+    """
+    nodes = max(placement.devices // devices_per_node, 1)
+    per_node = placement.device_share().reshape(len(share), nodes, -1).sum(axis=2)
+    moe = model.moe
+    whole = np.all((per_node < 1e-9) | (per_node > 1 - 1e-9))
+    if whole and np.ptp(share) < 1e-9:
+        return np.array([_hit(moe.num_experts, moe.top_k, moe.groups, moe.groups_kept, per_node[:, n]) for n in range(nodes)])
+    limit = moe.groups_kept / moe.groups * nodes
+    reached = 1 - (1 - np.clip(share @ per_node, 0, 1)) ** moe.top_k
+    total = reached.sum()
+    return reached if moe.groups == 1 or total <= limit else reached * limit / total
+
+
+def _hit(experts: int, top_k: int, groups: int, kept: int, on_node: np.ndarray) -> float:
+    """The probability that one of top_k experts, drawn from `kept` of the groups, is on the node."""
+    width = experts // groups
+    node_groups = on_node.reshape(groups, width).sum(axis=1)
+    full = int((node_groups > 0).sum())
+    held = int(on_node.sum()) // max(full, 1)  # experts of each of those groups on the node
+    total = 0.0
+    for chosen in range(max(0, kept - (groups - full)), min(full, kept) + 1):
+        ways = math.comb(full, chosen) * math.comb(groups - full, kept - chosen) / math.comb(groups, kept)
+        total += ways * (1 - _none(kept * width, chosen * held, top_k))
+    return total
+
+
+@functools.lru_cache(maxsize=4096)
+def _none(pool: int, marked: int, draws: int) -> float:
+    """The probability that no marked one is among `draws` of `pool`, drawn without replacement."""
+    if draws > pool - marked:
+        return 0.0
+    return math.comb(pool - marked, draws) / math.comb(pool, draws)

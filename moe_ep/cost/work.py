@@ -1,0 +1,151 @@
+"""What a layer does on one GPU: lists of kernel calls, forward and backward, by phase."""
+
+import dataclasses
+
+from moe_ep.config import AttentionConfig, ModelConfig
+from moe_ep.cost.kernels import Work, gemm, memory_pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Types of products and of rows on the network, in bytes a value where they travel or are kept."""
+
+    gemm: str = "bf16"  # "fp8": products of weights in FP8 with BF16 outputs
+    weight_bytes: int = 2
+    cache_bytes: int = 2
+    dispatch_bytes_per_value: float = 2.0
+    combine_bytes_per_value: float = 2.0
+
+
+BF16 = Precision()
+# FP8 rows carry one float32 scale for every 128 values (DeepSeek-V3 report, section 3.3.2).
+FP8 = Precision("fp8", 1, 2, 1 + 4 / 128, 2.0)
+
+
+def attention_prefill(model: ModelConfig, tokens: float, context: float, precision: Precision, tp: int) -> list[Work]:
+    """Returns the forward calls of one layer's attention over whole sequences of `context` tokens, causal."""
+    attention, width = model.attention, model.width
+    heads = attention.heads / tp
+    calls = _query(attention, width, tokens, heads, precision)
+    calls.append(gemm(tokens, width, attention.cache_dim, precision.gemm))
+    up = heads * (attention.nope_dim + attention.value_dim)
+    calls.append(gemm(tokens, attention.latent_dim, up, precision.gemm))
+    calls.append(attention_core(model, tokens, context, tp))
+    calls.append(gemm(tokens, heads * attention.value_dim, width, precision.gemm))
+    # Queries and keys are put together with their rotary parts; norm, residual and quantised inputs.
+    assembled = tokens * heads * attention.query_dim * 2 * 2 * 2
+    return calls + [memory_pass(assembled), block_pass(model, tokens)]
+
+
+def attention_core(model: ModelConfig, tokens: float, context: float, tp: int, backward: bool = False) -> Work:
+    """Returns the scores and values of causal attention; backward is 2.5 times the forward's FLOPs."""
+    attention = model.attention
+    head = attention.query_dim + attention.value_dim
+    heads = attention.heads / tp
+    flops = 2 * tokens * heads * head * context / 2 * (2.5 if backward else 1)
+    touched = 2 * tokens * heads * (2 * head) * (2 if backward else 1)
+    op = "attention_backward" if backward else "attention"
+    return Work(op, "bf16", flops, touched, (context, head / 2))
+
+
+def attention_decode(model: ModelConfig, sequences: float, context: float, precision: Precision, tp: int) -> list[Work]:
+    """Returns the calls of one layer's absorbed attention for one new token of each sequence."""
+    attention, width = model.attention, model.width
+    heads = attention.heads / tp
+    calls = _query(attention, width, sequences, heads, precision)
+    calls.append(gemm(sequences, width, attention.cache_dim, precision.gemm))
+    calls.append(_absorbed(sequences, attention.nope_dim, attention.latent_dim, heads))
+    calls.append(_decode_core(attention, sequences, context, heads, precision))
+    calls.append(_absorbed(sequences, attention.latent_dim, attention.value_dim, heads))
+    calls.append(gemm(sequences, heads * attention.value_dim, width, precision.gemm))
+    return calls + [block_pass(model, sequences)]
+
+
+def _query(attention: AttentionConfig, width: int, tokens: float, heads: float, precision: Precision) -> list[Work]:
+    if not attention.query_latent_dim:
+        return [gemm(tokens, width, heads * attention.query_dim, precision.gemm)]
+    latent = attention.query_latent_dim
+    return [
+        gemm(tokens, width, latent, precision.gemm),
+        gemm(tokens, latent, heads * attention.query_dim, precision.gemm),
+    ]
+
+
+def _absorbed(sequences: float, k: float, n: float, heads: float) -> Work:
+    """One [sequences, k] x [k, n] product per head, in BF16: streaming of weights, like a grouped product."""
+    touched = 2 * heads * (k * n + sequences * (k + n))
+    return Work("grouped_gemm", "bf16", 2 * heads * sequences * k * n, touched, (sequences, k, n, heads))
+
+
+def _decode_core(
+    attention: AttentionConfig, sequences: float, context: float, heads: float, precision: Precision
+) -> Work:
+    flops = 2 * sequences * context * heads * (attention.cache_dim + attention.latent_dim)
+    touched = sequences * context * attention.cache_dim * precision.cache_bytes
+    return Work("mla_decode", "bf16", flops, touched, (sequences, context, heads))
+
+
+def block_pass(model: ModelConfig, tokens: float) -> Work:
+    """Returns the passes over the residual stream of half a block: norm (read, write), add (2 reads, write)."""
+    return memory_pass(tokens * model.width * 2 * 5)
+
+
+def experts(model: ModelConfig, rows: float, groups: int, precision: Precision) -> list[Work]:
+    """Returns the calls of the experts of one GPU on `rows` rows spread evenly over `groups` of them."""
+    moe, width = model.moe, model.width
+    calls = mlp(width, moe.hidden, moe.activation == "silu_gated", rows, groups, precision)
+    # Received rows are compacted (read, write), as are the results on the way back.
+    moved = rows * width * 2 * (precision.dispatch_bytes_per_value + 2)
+    return calls + [memory_pass(moved)]
+
+
+def mlp(width: int, hidden: int, gated: bool, rows: float, groups: int, precision: Precision) -> list[Work]:
+    """Returns the two products of `groups` feed-forward layers and the activation's pass where it is not fused."""
+    up = hidden * (2 if gated else 1)
+    each = rows / groups
+    calls = [gemm(each, width, up, precision.gemm, groups), gemm(each, hidden, width, precision.gemm, groups)]
+    if gated:
+        calls.append(memory_pass(rows * (2 * up + precision.weight_bytes * hidden)))
+    return calls
+
+
+def router(model: ModelConfig, tokens: float) -> list[Work]:
+    """Returns the router's product (float32 on few columns: bound by memory) and the weighted sum of the results."""
+    moe, width = model.moe, model.width
+    scores = memory_pass(tokens * (width * 2 + moe.num_experts * 4) + width * moe.num_experts * 4)
+    combine = memory_pass(tokens * width * 2 * (moe.top_k + 1))
+    return [scores, combine]
+
+
+def shared_experts(model: ModelConfig, tokens: float, precision: Precision) -> list[Work]:
+    """Returns the calls of the experts that every token meets; none without any."""
+    moe = model.moe
+    if not moe.shared_experts:
+        return []
+    return mlp(model.width, moe.hidden * moe.shared_experts, moe.activation == "silu_gated", tokens, 1, precision)
+
+
+def dense_layer(model: ModelConfig, tokens: float, precision: Precision, tp: int) -> list[Work]:
+    """Returns the calls of a dense feed-forward layer."""
+    gated = model.activation == "silu_gated"
+    return mlp(model.width, model.hidden // tp, gated, tokens, 1, precision) + [block_pass(model, tokens)]
+
+
+def output_head(model: ModelConfig, tokens: float, tp: int) -> list[Work]:
+    """Returns the product that gives logits, in BF16, and the pass over them."""
+    logits = model.vocabulary / tp
+    return [gemm(tokens, model.width, logits, "bf16"), memory_pass(tokens * logits * (2 + 4))]
+
+
+def backward(calls: list[Work]) -> list[Work]:
+    """Returns the backward of products and passes: two products for each, each pass once more and its gradient."""
+    result = []
+    for call in calls:
+        if call.op in ("gemm", "grouped_gemm"):
+            result += [call, call]
+        elif call.op == "attention":
+            raised = dataclasses.replace(call, op="attention_backward", flops=2.5 * call.flops, bytes=2 * call.bytes)
+            result.append(raised)
+        else:
+            result.append(dataclasses.replace(call, bytes=1.5 * call.bytes))
+    return result

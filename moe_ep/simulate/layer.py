@@ -1,0 +1,201 @@
+"""One MoE layer on the cluster: seconds of its parts, from routing, placement, kernels and network."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from moe_ep.config import attention_parameters
+from moe_ep.cost import network, work
+from moe_ep.cost.kernels import Work
+from moe_ep.cost.network import Traffic
+from moe_ep.cost.routing import Routing, buffer_rows, nodes_reached, rows_between
+from moe_ep.placement import Placement, balanced, co_activated, contiguous
+from moe_ep.simulate.scenario import Scenario
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One direction of one MoE layer for one micro-batch (or one chunk of it), in seconds.
+
+    Forward it runs attention, dispatch, experts, combine; backward the same parts stand
+    for their gradients, in reverse order.
+
+    Attributes:
+      attention: everything before the rows leave: attention, router, shared experts.
+      experts: of each GPU of the expert group, [P].
+      gather: collectives that attention itself needs (split weights, tensor parallelism).
+      dispatch_traffic, combine_traffic: bytes at the ports.
+    """
+
+    attention: float
+    dispatch: float
+    experts: np.ndarray
+    combine: float
+    gather: float
+    dispatch_traffic: Traffic
+    combine_traffic: Traffic
+
+    @property
+    def slowest_experts(self) -> float:
+        return float(self.experts.max())
+
+    @property
+    def network(self) -> float:
+        return self.dispatch + self.combine + self.gather
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerLoad:
+    """Rows of one layer: between GPUs, and the busiest GPU over the mean."""
+
+    rows: np.ndarray  # [P, P]
+    placement: Placement
+    share: np.ndarray  # [experts], as drawn
+
+    @property
+    def max_over_mean(self) -> float:
+        received = self.rows.sum(axis=0)
+        return float(received.max() / max(received.mean(), 1e-300))
+
+
+def layer_load(scenario: Scenario, layer: int, tokens: float) -> LayerLoad:
+    """Draws a layer's choices and returns the rows between GPUs of one expert group."""
+    layout = scenario.layout
+    return _layer_load(scenario.routing, layer % len(scenario.routing.shares), tokens, scenario.model.moe.top_k,
+                       layout.placement, layout.ep, scenario.slots, scenario.fabric.gpus_per_node)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=512)
+def _layer_load(
+    routing: Routing, layer: int, tokens: float, top_k: int, kind: str, ep: int, slots: int, gpus_per_node: int
+) -> LayerLoad:
+    placement = place(routing, layer, kind, ep, slots, gpus_per_node)
+    counts = routing.counts(layer, tokens, ep, top_k)
+    share = counts.sum(axis=0) / max(counts.sum(), 1e-300)
+    return LayerLoad(rows_between(counts, placement), placement, share)
+
+
+@functools.lru_cache(maxsize=512)
+def place(routing: Routing, layer: int, kind: str, ep: int, slots: int, gpus_per_node: int) -> Placement:
+    """Returns where a layer's experts live; with spare slots, replicas follow the routing's shares."""
+    experts = routing.shares.shape[1]
+    if kind == "co_activated":
+        return co_activated(routing.together, ep, min(gpus_per_node, ep))
+    if kind == "balanced" or slots * ep != experts:
+        return balanced(routing.shares[layer], ep, slots)
+    return contiguous(experts, ep)
+
+
+def traffic(scenario: Scenario, load: LayerLoad, tokens: float, bytes_per_value: float) -> Traffic:
+    """Returns the ports' bytes of a dispatch over the layout's transport."""
+    row_bytes = scenario.model.width * bytes_per_value
+    return _TRAFFIC[scenario.layout.transport](scenario, load, tokens, row_bytes)
+
+
+def _ragged(scenario: Scenario, load: LayerLoad, tokens: float, row_bytes: float) -> Traffic:
+    return network.direct_traffic(load.rows * row_bytes, scenario.fabric)
+
+
+def _fixed_buffers(scenario: Scenario, load: LayerLoad, tokens: float, row_bytes: float) -> Traffic:
+    """Every pair sends whole buffers; as many waves as the fullest pair needs."""
+    layout, moe = scenario.layout, scenario.model.moe
+    capacity = buffer_rows(tokens, moe.top_k, layout.ep, layout.margin_sigmas)
+    waves = max(math.ceil(load.rows.max() / capacity), 1)
+    sent = np.full_like(load.rows, capacity * waves)
+    return network.direct_traffic(sent * row_bytes, scenario.fabric)
+
+
+def _all_gather(scenario: Scenario, load: LayerLoad, tokens: float, row_bytes: float) -> Traffic:
+    """Every GPU sends its tokens to all others, and gets partial sums back."""
+    return network.direct_traffic(np.full_like(load.rows, tokens * row_bytes), scenario.fabric)
+
+
+def _two_level(scenario: Scenario, load: LayerLoad, tokens: float, row_bytes: float) -> Traffic:
+    """A row crosses once to each node that has one of its experts, and is copied on by NVLink there."""
+    width = min(scenario.fabric.gpus_per_node, scenario.layout.ep)
+    reached = nodes_reached(scenario.model, load.share, load.placement, width)
+    to_nodes = np.tile(reached * tokens * row_bytes, (scenario.layout.ep, 1))
+    return network.node_aggregated_traffic(to_nodes, load.rows * row_bytes, scenario.fabric)
+
+
+_TRAFFIC = {"ragged": _ragged, "all_to_all": _fixed_buffers, "all_gather": _all_gather, "two_level": _two_level}
+
+
+def make_block(scenario: Scenario, layer: int, tokens: float, chunks: int, backward: bool, overlapped: bool) -> Block:
+    """Returns one direction of a layer: attention on `tokens`, the rest on tokens / chunks.
+
+    Args:
+      overlapped: communication runs at the same time, on SMs that compute then lacks.
+    """
+    part = tokens / chunks
+    load = layer_load(scenario, layer, part)
+    precision, fabric, parameters = scenario.stack.precision, scenario.fabric, scenario.stack.network
+    out = traffic(scenario, load, part, precision.dispatch_bytes_per_value)
+    back = traffic(scenario, load, part, precision.combine_bytes_per_value).reversed()
+    return Block(
+        attention=attention_seconds(scenario, tokens, backward, overlapped),
+        dispatch=network.all_to_all_seconds(out, fabric, parameters),
+        experts=expert_seconds(scenario, load.rows.sum(axis=0), backward, overlapped),
+        combine=network.all_to_all_seconds(back, fabric, parameters),
+        gather=gather_seconds(scenario, tokens),
+        dispatch_traffic=out,
+        combine_traffic=back,
+    )
+
+
+def seconds_of(scenario: Scenario, calls: list[Work], overlapped: bool) -> float:
+    """Returns the time of calls one after another on one GPU."""
+    stack = scenario.stack
+    kernels = stack.kernels
+    if overlapped and stack.overlap_compute_share != 1.0:
+        kernels = dataclasses.replace(kernels, compute_share=stack.overlap_compute_share)
+    return sum(kernels.seconds(call, scenario.fabric.gpu) for call in calls)
+
+
+def attention_seconds(scenario: Scenario, tokens: float, backward: bool, overlapped: bool) -> float:
+    """Returns attention, router and shared experts of one layer; backward with what is computed again."""
+    model, workload, precision, tp = scenario.model, scenario.workload, scenario.stack.precision, scenario.layout.tp
+    if workload.phase == "decode":
+        calls = work.attention_decode(model, tokens * tp, workload.context, precision, tp)
+    else:
+        calls = work.attention_prefill(model, tokens * tp, workload.context, precision, tp)
+    calls = calls + work.router(model, tokens) + [work.block_pass(model, tokens)]
+    calls += work.shared_experts(model, tokens, precision)
+    return with_backward(scenario, calls, backward, overlapped)
+
+
+def expert_seconds(scenario: Scenario, rows: np.ndarray, backward: bool, overlapped: bool) -> np.ndarray:
+    """Returns the experts' time on each GPU; between the least, mean and most loaded one it is interpolated."""
+    nodes = np.unique(np.maximum([rows.min(), rows.mean(), rows.max()], 1e-9))
+    launch = scenario.stack.expert_launch_s * (3 if backward else 1)
+    times = [
+        with_backward(
+            scenario, work.experts(scenario.model, value, scenario.slots, scenario.stack.precision), backward, overlapped
+        )
+        + launch
+        for value in nodes
+    ]
+    return np.interp(rows, nodes, times)
+
+
+def with_backward(scenario: Scenario, calls: list[Work], backward: bool, overlapped: bool) -> float:
+    if not backward:
+        return seconds_of(scenario, calls, overlapped)
+    again = calls if scenario.remat else []
+    return seconds_of(scenario, work.backward(calls) + again, overlapped)
+
+
+def gather_seconds(scenario: Scenario, tokens: float) -> float:
+    """Returns the collectives of attention: split weights gathered in the node; tensor-parallel rows gathered and summed."""
+    model, layout, fabric = scenario.model, scenario.layout, scenario.fabric
+    parameters = scenario.stack.network
+    seconds = 0.0
+    if layout.split_attention_weights:
+        bytes_gathered = attention_parameters(model.width, model.attention) * scenario.stack.precision.weight_bytes
+        seconds += network.gather_seconds(bytes_gathered, min(fabric.gpus_per_node, layout.ep), fabric, parameters)
+    if layout.tp > 1:
+        rows_bytes = tokens * layout.tp * model.width * 2
+        seconds += 2 * network.gather_seconds(rows_bytes, layout.tp, fabric, parameters)
+    return seconds

@@ -1,0 +1,179 @@
+"""One prediction: a scenario in, throughput, latency, memory, utilisations and the bottleneck out."""
+
+import dataclasses
+import math
+
+from moe_ep.config import forward_flops_per_token
+from moe_ep.cost.kernels import peak_flops
+from moe_ep.cost.memory import MemoryPlan, bytes_per_gpu, total
+from moe_ep.cost.routing import buffer_rows
+from moe_ep.simulate.layer import layer_load
+from moe_ep.simulate.scenario import DoesNotFit, Scenario, check
+from moe_ep.simulate.step import StageWork, compute_seconds, network_seconds, stage_work, step_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a layout is predicted to do.
+
+    `ms_per_token` is what a user waits: one step in decode (times the stages of a
+    pipeline), the step over the tokens of a sequence in prefill and training. MFU counts
+    the model's FLOPs (3x forward in training, nothing computed again) over the peak of
+    the products' type.
+    """
+
+    feasible: bool
+    missing_bytes: float
+    step_s: float
+    tokens_per_s: float
+    tokens_per_s_per_gpu: float
+    ms_per_token: float
+    time_to_first_token_s: float
+    mfu: float
+    nic_utilisation: float
+    nvlink_utilisation: float
+    memory_bandwidth_utilisation: float
+    bytes_per_gpu: dict[str, float]
+    exposed_communication_share: float
+    hidden_communication_share: float
+    max_over_mean_load: float
+    bottleneck: str
+    memory_ignored: bool
+
+
+def predict(scenario: Scenario) -> Prediction:
+    """Returns the prediction.
+
+    Raises:
+      ConfigError: degrees that do not divide.
+      DoesNotFit: the layout needs more memory than the GPU has, and that is not ignored.
+    """
+    check(scenario)
+    parts = memory_of(scenario)
+    missing = max(total(parts) - scenario.fabric.gpu.memory_bytes, 0.0)
+    if missing and not scenario.ignore_memory:
+        raise DoesNotFit(_refusal(scenario, parts, missing), missing)
+    stage = stage_work(scenario)
+    return _assemble(scenario, stage, parts, missing)
+
+
+def _refusal(scenario: Scenario, parts: dict[str, float], missing: float) -> str:
+    gpu, layout = scenario.fabric.gpu, scenario.layout
+    listed = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts.items() if value >= 5e7)
+    return (
+        f"--set mesh.expert={layout.ep}: does not fit: {total(parts) / 1e9:.1f} GB a GPU ({listed}) of "
+        f"{gpu.memory_bytes / 1e9:.1f} GB, {missing / 1e9:.1f} GB missing; allowed is a layout that fits, "
+        "or simulate.ignore_memory=true for a counterfactual"
+    )
+
+
+def _assemble(scenario: Scenario, stage: StageWork, parts: dict[str, float], missing: float) -> Prediction:
+    layout, workload, fabric = scenario.layout, scenario.workload, scenario.fabric
+    chunks = layout.chunks if layout.overlap == "chunks" else 1
+    seconds = step_seconds(scenario, stage)
+    tokens_per_gpu = workload.tokens * (workload.micro_batches if workload.phase == "train" else 1)
+    rate_per_gpu = tokens_per_gpu / seconds / layout.pp
+    training = 3 if workload.phase == "train" else 1
+    flops = forward_flops_per_token(scenario.model, _flop_context(scenario)) * training
+    network_s = network_seconds(stage, chunks) * (workload.micro_batches if training == 3 else 1)
+    compute_s = compute_seconds(stage, chunks) * (workload.micro_batches if training == 3 else 1)
+    busy = seconds / scenario.stack.step_factor
+    exposed = min(max(busy - compute_s, 0.0), network_s)
+    nic, nvlink = _bytes_sent(stage, chunks, workload.micro_batches if training == 3 else 1)
+    return Prediction(
+        feasible=missing == 0,
+        missing_bytes=missing,
+        step_s=seconds,
+        tokens_per_s=rate_per_gpu * layout.gpus,
+        tokens_per_s_per_gpu=rate_per_gpu,
+        ms_per_token=_ms_per_token(scenario, seconds),
+        time_to_first_token_s=seconds * layout.pp if workload.phase == "prefill" else math.nan,
+        mfu=rate_per_gpu * flops / peak_flops(fabric.gpu, scenario.stack.precision.gemm),
+        nic_utilisation=nic * fabric.gpus_per_nic / fabric.nic_bytes_per_s / seconds,
+        nvlink_utilisation=nvlink / fabric.gpu.nvlink_bytes_per_s / seconds,
+        memory_bandwidth_utilisation=_weights_read(scenario, parts, stage) / seconds / fabric.gpu.memory_bytes_per_s,
+        bytes_per_gpu=parts,
+        exposed_communication_share=exposed / busy,
+        hidden_communication_share=1 - exposed / network_s if network_s else 1.0,
+        max_over_mean_load=layer_load(scenario, 0, workload.tokens).max_over_mean,
+        bottleneck=_bottleneck(scenario, compute_s, network_s, exposed),
+        memory_ignored=missing > 0,
+    )
+
+
+def _flop_context(scenario: Scenario) -> float:
+    """`forward_flops_per_token` averages a causal triangle; a decoded token meets its whole cache."""
+    context = scenario.workload.context
+    return 2 * context if scenario.workload.phase == "decode" else context
+
+
+def _ms_per_token(scenario: Scenario, seconds: float) -> float:
+    layout, workload = scenario.layout, scenario.workload
+    if workload.phase == "decode":
+        return 1e3 * seconds * layout.pp
+    tokens = workload.tokens * (workload.micro_batches if workload.phase == "train" else 1)
+    return 1e3 * seconds / tokens
+
+
+def _bytes_sent(stage: StageWork, chunks: int, micro_batches: int) -> tuple[float, float]:
+    """Returns mean bytes of a GPU over its NIC and over NVLink in a step."""
+    times = chunks * stage.batches * micro_batches
+    blocks = stage.forward + stage.backward
+    nic = sum(b.dispatch_traffic.nic_bytes_per_gpu + b.combine_traffic.nic_bytes_per_gpu for b in blocks)
+    nvlink = sum(b.dispatch_traffic.nvlink_bytes_per_gpu + b.combine_traffic.nvlink_bytes_per_gpu for b in blocks)
+    return nic * times, nvlink * times
+
+
+def _weights_read(scenario: Scenario, parts: dict[str, float], stage: StageWork) -> float:
+    """Weights once for each batch and pass, the cache once: what a step cannot do without."""
+    if scenario.workload.phase == "train":
+        return parts["weights"] / 2 * 3 * scenario.workload.micro_batches
+    chunks = scenario.layout.chunks if scenario.layout.overlap == "chunks" else 1
+    return parts["weights"] * stage.batches * chunks + parts["kv_cache"]
+
+
+def _bottleneck(scenario: Scenario, compute_s: float, network_s: float, exposed: float) -> str:
+    if exposed > 0.5 * (compute_s + exposed):
+        link = "NIC" if scenario.layout.ep > scenario.fabric.gpus_per_node else "NVLink"
+        return f"network ({link}): fewer bytes a token, faster links or more overlap would lift it"
+    if exposed > 0.1 * (compute_s + exposed):
+        return "exposed all-to-all: overlap (two_batch) or fewer padded bytes would lift it"
+    if scenario.workload.phase == "decode":
+        return "memory bandwidth: reading weights and cache; a larger batch or wider EP would lift it"
+    return "compute: faster kernels would lift it"
+
+
+def memory_of(scenario: Scenario) -> dict[str, float]:
+    """Returns bytes of one GPU by part."""
+    layout, workload, model = scenario.layout, scenario.workload, scenario.model
+    precision, training = scenario.stack.precision, workload.phase == "train"
+    chunks = layout.chunks if layout.overlap == "chunks" else 1
+    batches = 2 if layout.overlap == "two_batch" else 1
+    part = workload.tokens / batches / chunks
+    rows = part * model.moe.top_k
+    if layout.transport == "all_to_all":
+        buffered = buffer_rows(part, model.moe.top_k, layout.ep, layout.margin_sigmas) * layout.ep
+    elif layout.transport == "all_gather":
+        buffered = part * layout.ep
+    else:
+        buffered = rows * 1.25
+    node = min(scenario.fabric.gpus_per_node, layout.ep)
+    attention_share = 1 / node if layout.split_attention_weights else 1 / layout.tp
+    in_flight = min(layout.pp, workload.micro_batches) if training else 1
+    cached = workload.sequences_per_gpu * layout.pp * workload.context if workload.phase == "decode" else 0.0
+    return bytes_per_gpu(
+        MemoryPlan(
+            model=model,
+            training=training,
+            weight_bytes=precision.weight_bytes,
+            cache_bytes=precision.cache_bytes,
+            layer_share=1 / layout.pp,
+            slots=scenario.slots,
+            attention_share=attention_share,
+            tokens=workload.tokens,
+            cached_tokens=cached if not training else 0.0,
+            buffer_rows=buffered * batches,
+            expert_rows=buffered,
+            saved_layers=model.layers / layout.pp * in_flight if training else 0.0,
+        )
+    )

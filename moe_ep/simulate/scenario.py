@@ -1,0 +1,162 @@
+"""What is predicted: model, cluster, layout, workload, routing and the software that runs it."""
+
+import dataclasses
+import functools
+
+from moe_ep.config import ConfigError, ModelConfig
+from moe_ep.cost import network
+from moe_ep.cost.kernels import AssumedKernels, KernelTable, load_table
+from moe_ep.cost.routing import Routing
+from moe_ep.cost.work import BF16, Precision
+
+OVERLAPS = ("none", "chunks", "two_batch")
+TRANSPORTS = ("ragged", "all_to_all", "all_gather", "two_level")
+PHASES = ("prefill", "decode", "train")
+
+
+class DoesNotFit(ConfigError):
+    """A layout whose memory exceeds the GPU's; `missing_bytes` says by how much."""
+
+    def __init__(self, message: str, missing_bytes: float) -> None:
+        super().__init__(message)
+        self.missing_bytes = missing_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """The software that runs the layout: its kernels, its network library, its types.
+
+    Attributes:
+      step_factor: measured step over the sum of its modelled parts, of a calibrated
+        system; 1 where nothing was fitted.
+      expert_launch_s: added to each call of the experts (dispatch of three kernels).
+      overlap_compute_share: SMs left to compute while communication kernels run.
+    """
+
+    name: str
+    kernels: KernelTable | AssumedKernels
+    network: network.NetworkParameters
+    precision: Precision = BF16
+    step_factor: float = 1.0
+    expert_launch_s: float = 0.0
+    overlap_compute_share: float = 1.0
+
+
+@functools.lru_cache(maxsize=None)
+def own_stack() -> Stack:
+    """Returns this project's programs: BF16, kernels as measured on one H200, NCCL's collectives."""
+    return Stack("moe_ep", load_table("h200_bf16"), network.NCCL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the model is spread.
+
+    A pipeline stage has gpus / pp GPUs; expert groups of `ep` GPUs are replicated
+    over it; attention is split over `tp` GPUs of a node.
+
+    Attributes:
+      slots: experts of a layer on each GPU; None is experts / ep, more means replicas.
+      placement: "contiguous"; "balanced" (replicas and packing from the routing's shares);
+        "co_activated" (from a trace's pairs).
+      split_attention_weights: over the GPUs of a node, gathered before use.
+      schedule: of a training pipeline: "1f1b" or "dualpipe".
+      chunk_layers_interleaved: virtual stages of the 1f1b schedule on each GPU.
+    """
+
+    gpus: int
+    ep: int
+    tp: int = 1
+    pp: int = 1
+    overlap: str = "none"
+    chunks: int = 1
+    transport: str = "all_to_all"
+    margin_sigmas: float = 5.0
+    slots: int | None = None
+    placement: str = "contiguous"
+    split_attention_weights: bool = False
+    schedule: str = "1f1b"
+    interleaved: int = 1
+
+    @property
+    def stage_gpus(self) -> int:
+        return self.gpus // self.pp
+
+    @property
+    def expert_replicas(self) -> int:
+        return self.stage_gpus // self.ep
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a step does.
+
+    Attributes:
+      tokens_per_gpu: of one micro-batch, in prefill and training.
+      sequences_per_gpu: that decode one token each.
+      context: tokens of a sequence (prefill, training), or in the cache (decode).
+      micro_batches: of one training step.
+    """
+
+    phase: str
+    context: int
+    tokens_per_gpu: float = 0.0
+    sequences_per_gpu: float = 0.0
+    micro_batches: int = 1
+
+    @property
+    def tokens(self) -> float:
+        """New tokens of a micro-batch on one GPU."""
+        return self.sequences_per_gpu if self.phase == "decode" else self.tokens_per_gpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """One prediction's whole input."""
+
+    model: ModelConfig
+    fabric: network.Fabric
+    layout: Layout
+    workload: Workload
+    routing: Routing
+    stack: Stack
+    remat: bool = False  # training computes the forward pass again
+    ignore_memory: bool = False
+
+    @property
+    def slots(self) -> int:
+        return self.layout.slots or self.model.moe.num_experts // self.layout.ep
+
+
+def check(scenario: Scenario) -> Scenario:
+    """Returns the scenario unchanged.
+
+    Raises:
+      ConfigError: degrees that do not divide, EP above the GPUs or the experts, no room for a replica.
+    """
+    layout, model, width = scenario.layout, scenario.model, scenario.fabric.gpus_per_node
+    experts = model.moe.num_experts
+    _require(layout.overlap in OVERLAPS, "simulate.overlap", layout.overlap, "one of " + ", ".join(OVERLAPS))
+    _require(layout.transport in TRANSPORTS, "simulate.transport", layout.transport, "one of " + ", ".join(TRANSPORTS))
+    _require(scenario.workload.phase in PHASES, "simulate.phase", scenario.workload.phase, "one of " + ", ".join(PHASES))
+    _require(layout.gpus % layout.pp == 0, "simulate.pp", layout.pp, f"a divisor of the {layout.gpus} GPUs")
+    _require(layout.pp <= model.layers, "simulate.pp", layout.pp, f"at most the {model.layers} layers")
+    _require(layout.ep <= layout.stage_gpus, "mesh.expert", layout.ep,
+             f"at most the {layout.stage_gpus} GPUs of a stage ({layout.gpus} GPUs / {layout.pp} stages)")  # fmt: skip
+    _require(layout.stage_gpus % layout.ep == 0, "mesh.expert", layout.ep, f"a divisor of {layout.stage_gpus} GPUs")
+    _require(layout.ep <= width or layout.ep % width == 0, "mesh.expert", layout.ep,
+             f"at most, or a multiple of, the {width} GPUs of a node")  # fmt: skip
+    _require(width % layout.tp == 0 and layout.tp <= layout.stage_gpus, "simulate.tp", layout.tp,
+             f"a divisor of the {width} GPUs of a node")  # fmt: skip
+    _require(layout.slots is not None or experts % layout.ep == 0, "mesh.expert", layout.ep,
+             f"a divisor of model.moe.num_experts = {experts}, unless simulate.slots is given")  # fmt: skip
+    _require(scenario.slots * layout.ep >= experts, "simulate.slots", scenario.slots,
+             f"at least {-(-experts // layout.ep)}: {experts} experts on {layout.ep} GPUs")  # fmt: skip
+    _require(layout.placement != "co_activated" or scenario.routing.together is not None, "simulate.placement",
+             layout.placement, "co_activated only with simulate.routing=trace:FILE")  # fmt: skip
+    return scenario
+
+
+def _require(condition: bool, flag: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"--set {flag}={value}: allowed is {allowed}")
