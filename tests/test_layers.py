@@ -15,7 +15,8 @@ LAYERS = (
     ("hardware", "shapes"),
     ("config",),
     ("override",),
-    ("placement", "mesh", "metrics", "data", "cost", "kernels"),
+    ("placement",),
+    ("mesh", "metrics", "data", "cost", "kernels"),
     ("dispatch",),
     ("model",),
     ("train", "serve", "simulate"),
@@ -32,12 +33,11 @@ JAX_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 # Arrays in, arrays out.
 KERNELS_MAY_IMPORT = ("kernels", "shapes")
 
-# What moves rows between experts stands in dispatch/; what lists the devices of a run and
-# arranges them in mesh.py. (What kind of device this process has, anyone may ask.)
+# What moves rows between experts stands in dispatch/; what lists the devices that are here
+# and arranges devices in mesh.py. (What kind of device this process has, anyone may ask.)
 ALL_TO_ALLS = ("all_to_all", "ragged_all_to_all")
 ROW_COLLECTIVES = (*ALL_TO_ALLS, "all_gather", "psum_scatter", "ppermute", "pshuffle")
-DEVICE_FUNCTIONS = ("devices", "make_mesh")
-MESH_MAKERS = ("Mesh", "AbstractMesh", "create_device_mesh", "create_hybrid_device_mesh", "get_topology_desc")
+DEVICE_FUNCTIONS = ("devices", "make_mesh", "Mesh", "create_device_mesh", "create_hybrid_device_mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,21 +146,29 @@ def wrong_collectives(module: Module) -> list[str]:
     return wrong
 
 
-def names_devices(function: ast.expr) -> bool:
-    if isinstance(function, ast.Attribute) and function.attr in DEVICE_FUNCTIONS:
-        return last_name(function.value) == "jax"
-    return last_name(function) in (*MESH_MAKERS, "make_mesh")
+def bindings(module: Module) -> dict[str, str]:
+    """Returns what each imported name stands for: {"lax": "jax.lax"} after `from jax import lax`."""
+    bound = {}
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ImportFrom):
+            bound |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            bound |= {alias.asname: alias.name for alias in node.names if alias.asname}
+    return bound
 
 
 def wrong_devices(module: Module) -> list[str]:
     """Returns a line for each call outside mesh.py that lists devices or arranges them."""
     if module.part == "mesh":
         return []
-    return [
-        f"{module.name}:{node.lineno} calls {ast.unparse(node.func)}: only mesh.py names devices"
-        for node in ast.walk(module.tree)
-        if isinstance(node, ast.Call) and names_devices(node.func)
-    ]
+    bound, wrong = bindings(module), []
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Call):
+            first, _, rest = ast.unparse(node.func).partition(".")
+            name = ".".join(filter(None, (bound.get(first, first), rest)))
+            if name.startswith("jax.") and name.rpartition(".")[2] in DEVICE_FUNCTIONS:
+                wrong.append(f"{module.name}:{node.lineno} calls {name}: only mesh.py names devices")
+    return wrong
 
 
 RULES = (wrong_imports, jax_imports, wrong_collectives, wrong_devices)
@@ -184,7 +192,7 @@ PLANTED = [
     (wrong_imports, "dispatch.plan", "from . import wire\nfrom .wire import send", 0),
     (wrong_imports, "dispatch.plan", "from ..train import loop", 1),
     (wrong_imports, "train.loop", "def f():\n    import moe_ep.serve.engine", 1),
-    (wrong_imports, "mesh", "from moe_ep import placement", 1),
+    (wrong_imports, "mesh", "from moe_ep import metrics", 1),
     (wrong_imports, "model.moe", "from moe_ep.surprise import x", 1),
     (wrong_imports, "kernels.grouped_matmul.api", "from moe_ep import config", 1),
     (wrong_imports, "kernels.grouped_matmul.api", "from moe_ep.kernels import mla_decode\nfrom moe_ep import shapes", 0),
@@ -198,7 +206,9 @@ PLANTED = [
     (wrong_collectives, "dispatch.wire", "jax.lax.ragged_all_to_all(x, EXPERT)", 0),
     (wrong_devices, "train.loop", "import jax\njax.devices()[0]", 1),
     (wrong_devices, "train.loop", "jax.sharding.Mesh(grid, ('gpu',))", 1),
-    (wrong_devices, "train.loop", "mesh.devices.size\narray.devices()", 0),
+    (wrong_devices, "train.loop", "from jax.sharding import Mesh as M\nM(grid, ('gpu',))", 1),
+    (wrong_devices, "train.loop", "from moe_ep.mesh import make_mesh\nmake_mesh(config)", 0),
+    (wrong_devices, "train.loop", "mesh.devices.size\narray.devices()\njax.local_devices()", 0),
     (wrong_devices, "mesh", "jax.make_mesh((2,), ('gpu',))", 0),
 ]
 
