@@ -195,7 +195,7 @@ PLANTED = [
     (wrong_imports, "mesh", "from moe_ep import metrics", 1),
     (wrong_imports, "model.moe", "from moe_ep.surprise import x", 1),
     (wrong_imports, "kernels.grouped_matmul.api", "from moe_ep import config", 1),
-    (wrong_imports, "kernels.grouped_matmul.api", "from moe_ep.kernels import mla_decode\nfrom moe_ep import shapes", 0),
+    (wrong_imports, "kernels.grouped_matmul.api", "from moe_ep.kernels import x\nfrom moe_ep import shapes", 0),
     (jax_imports, "cost.memory", "import jax.numpy as jnp", 1),
     (jax_imports, "simulate.timeline", "from moe_ep import shapes", 1),
     (jax_imports, "simulate.timeline", "from moe_ep.cost import memory\nimport numpy", 0),
