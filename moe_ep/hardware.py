@@ -83,7 +83,16 @@ B200 = Gpu(
     source="NVIDIA DGX B200 datasheet (a system's eighth): 1,440 GB, 64 TB/s, 72 PFLOP/s FP8 with sparsity",
 )
 
-GPUS = {gpu.name: gpu for gpu in (PAPER_H100, H100, H800, H200, B200)}
+GB200 = dataclasses.replace(
+    B200,
+    name="gb200",
+    memory_bytes=186e9,
+    bf16_flops_per_s=2500e12,
+    fp8_flops_per_s=5000e12,
+    source="NVIDIA GB200 NVL72 datasheet (a 72nd): 13.4 TB, 576 TB/s, 720 PFLOP/s FP8 with sparsity, NVLink 130 TB/s",
+)
+
+GPUS = {gpu.name: gpu for gpu in (PAPER_H100, H100, H800, H200, B200, GB200)}
 
 # What a device reports as its kind -> the entry above.
 _DEVICE_KINDS = {"NVIDIA H100": "h100", "NVIDIA H800": "h800", "NVIDIA H200": "h200", "NVIDIA B200": "b200"}

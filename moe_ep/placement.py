@@ -46,15 +46,18 @@ class Placement:
         return (expert_load[self.slots] / self.replicas[self.slots]).sum(axis=1)
 
 
-def contiguous(num_experts: int, devices: int) -> Placement:
+def contiguous(num_experts: int, devices: int, slots_per_device: int | None = None) -> Placement:
     """Returns the placement of the program that runs: expert x on device x // (experts / devices).
 
+    Slots beyond one for each expert begin again with expert 0, whatever the load.
+
     Raises:
-      ValueError: the devices do not divide the experts.
+      ValueError: the devices do not divide the experts and no slots are given, or too few slots.
     """
-    if num_experts % devices:
+    if slots_per_device is None and num_experts % devices:
         raise ValueError(f"{num_experts} experts cannot be spread evenly over {devices} devices")
-    return Placement(num_experts, np.arange(num_experts).reshape(devices, num_experts // devices))
+    slots = slots_per_device or num_experts // devices
+    return Placement(num_experts, (np.arange(devices * slots) % num_experts).reshape(devices, slots))
 
 
 def balanced(expert_load: np.ndarray, devices: int, slots_per_device: int) -> Placement:

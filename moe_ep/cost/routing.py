@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from moe_ep.config import ConfigError, ModelConfig
+from moe_ep.config import ConfigError, ModelConfig, MoEConfig
 from moe_ep.placement import Placement
 
 _LAYERS_SAMPLED = 4
@@ -21,12 +21,15 @@ class Routing:
       shares: [layers, experts], each expert's share of a layer's assignments; a layer sums to 1.
       sampled: counts are drawn at random; False: counts are exactly the shares.
       together: [experts, experts] from a trace, how often two experts share a token; else None.
+      busiest: load of the busiest device over the mean, imposed after placement (what a
+        balancer leaves in live traffic); None: it comes out of shares and placement.
     """
 
     name: str
     shares: np.ndarray
     sampled: bool
     together: np.ndarray | None = None
+    busiest: float | None = None
 
     def counts(self, layer: int, tokens: float, sources: int, top_k: int, seed: int = 0) -> np.ndarray:
         """Returns rows from each source to each expert, [sources, experts]; each source sums to tokens x top_k."""
@@ -43,7 +46,8 @@ def make_routing(spec: str, num_experts: int, top_k: int, seed: int = 0) -> Rout
 
     Args:
       spec: "balanced" (every expert exactly its share), "uniform" (random, equal
-        probabilities), "zipf:EXPONENT", "histogram:FILE" (JSON: a list of counts, or one per
+        probabilities), "zipf:EXPONENT" (share of the i-th expert as i^-EXPONENT),
+        "power_law:ALPHA" (shares drawn with density x^-ALPHA), "histogram:FILE" (JSON: a list of counts, or one per
         layer), "trace:FILE" (.npy of int [tokens, top_k] or [layers, tokens, top_k]).
 
     Raises:
@@ -57,6 +61,8 @@ def make_routing(spec: str, num_experts: int, top_k: int, seed: int = 0) -> Rout
         return Routing(spec, np.tile(equal, (_LAYERS_SAMPLED, 1)), sampled=True)
     if kind == "zipf":
         return Routing(spec, _zipf(_number(argument, spec), num_experts, top_k, seed), sampled=True)
+    if kind == "power_law":
+        return Routing(spec, _power_law(_number(argument, spec), num_experts, top_k, seed), sampled=True)
     if kind in ("histogram", "trace"):
         return _recorded(kind, argument, spec, num_experts)
     raise _wrong(spec)
@@ -64,7 +70,8 @@ def make_routing(spec: str, num_experts: int, top_k: int, seed: int = 0) -> Rout
 
 def _wrong(spec: str) -> ConfigError:
     return ConfigError(
-        f"--set simulate.routing={spec}: allowed is balanced, uniform, zipf:EXPONENT, histogram:FILE or trace:FILE"
+        f"--set simulate.routing={spec}: allowed is balanced, uniform, zipf:EXPONENT, "
+        "power_law:ALPHA, histogram:FILE or trace:FILE"
     )
 
 
@@ -83,6 +90,17 @@ def _zipf(exponent: float, num_experts: int, top_k: int, seed: int) -> np.ndarra
     share = capped(np.arange(1, num_experts + 1) ** -exponent, top_k)
     generator = np.random.default_rng(seed)
     return np.stack([share[generator.permutation(num_experts)] for _ in range(_LAYERS_SAMPLED)])
+
+
+def _power_law(alpha: float, num_experts: int, top_k: int, seed: int) -> np.ndarray:
+    """Shares drawn from a bounded power law over four decades, one draw a layer (the form that AIConfigurator assumes)."""
+    uniform = np.random.default_rng(seed).uniform(size=(_LAYERS_SAMPLED, num_experts))
+    if abs(alpha - 1) < 1e-9:
+        drawn = 10 ** (4 * uniform)
+    else:
+        low, high = 1.0, 10 ** (4 * (1 - alpha))
+        drawn = (low + uniform * (high - low)) ** (1 / (1 - alpha))
+    return np.stack([capped(layer, top_k) for layer in drawn])
 
 
 def capped(weights: np.ndarray, top_k: int) -> np.ndarray:
@@ -125,6 +143,15 @@ def rows_between(counts: np.ndarray, placement: Placement) -> np.ndarray:
     return per_slot.sum(axis=2)
 
 
+def with_busiest(rows: np.ndarray, busiest: float) -> np.ndarray:
+    """Returns rows whose fullest destination takes `busiest` times the mean, the others sharing the rest."""
+    received = rows.sum(axis=0)
+    hot = int(np.argmax(received))
+    target = np.full(len(received), received.sum() * (1 - busiest / len(received)) / max(len(received) - 1, 1))
+    target[hot] = received.sum() * busiest / len(received)
+    return rows * (target / np.maximum(received, 1e-300))
+
+
 def buffer_rows(tokens: float, top_k: int, peers: int, margin_sigmas: float) -> int:
     """Returns C, the rows of one (source, destination) buffer: mean + margin sqrt(mean) + 1."""
     mean = tokens * top_k / peers
@@ -134,31 +161,40 @@ def buffer_rows(tokens: float, top_k: int, peers: int, margin_sigmas: float) -> 
 def nodes_reached(model: ModelConfig, share: np.ndarray, placement: Placement, devices_per_node: int) -> np.ndarray:
     """Returns the probability that a token has at least one expert on each node, [nodes].
 
-    Equal shares without replicas are counted exactly (choices without replacement, and of
-    the kept groups only where routing is limited to groups); otherwise choices count as independent.
+    Choices count as independent draws from the shares; where no expert is replicated the
+    result is scaled so that equal shares give the exact probability: draws without
+    replacement, and from the kept groups only where routing is limited to groups.
     """
     nodes = max(placement.devices // devices_per_node, 1)
-    per_node = placement.device_share().reshape(len(share), nodes, -1).sum(axis=2)
     moe = model.moe
-    whole = np.all((per_node < 1e-9) | (per_node > 1 - 1e-9))
-    if whole and np.ptp(share) < 1e-9:
-        return np.array([_hit(moe.num_experts, moe.top_k, moe.groups, moe.groups_kept, per_node[:, n]) for n in range(nodes)])
-    limit = moe.groups_kept / moe.groups * nodes
-    reached = 1 - (1 - np.clip(share @ per_node, 0, 1)) ** moe.top_k
-    total = reached.sum()
-    return reached if moe.groups == 1 or total <= limit else reached * limit / total
+    held = (placement.slots.reshape(nodes, -1)[:, :, None] == np.arange(moe.num_experts)).sum(axis=1)
+    per_node = held / placement.replicas  # [nodes, experts]
+    reached = 1 - (1 - np.clip(per_node @ share, 0, 1)) ** moe.top_k
+    if placement.replicas.max() > 1:
+        return reached
+    equal = 1 - (1 - per_node.mean(axis=1)) ** moe.top_k
+    return np.clip(reached * _exactly(moe, held, equal) / equal, 0, 1)
 
 
-def _hit(experts: int, top_k: int, groups: int, kept: int, on_node: np.ndarray) -> float:
-    """The probability that one of top_k experts, drawn from `kept` of the groups, is on the node."""
-    width = experts // groups
-    node_groups = on_node.reshape(groups, width).sum(axis=1)
-    full = int((node_groups > 0).sum())
-    held = int(on_node.sum()) // max(full, 1)  # experts of each of those groups on the node
+def _exactly(moe: MoEConfig, held: np.ndarray, independent: np.ndarray) -> np.ndarray:
+    """The same with equal shares, counted exactly where every node holds whole groups or equal parts of one."""
+    width = moe.num_experts // moe.groups
+    per_group = held.reshape(len(held), moe.groups, width).sum(axis=2)
+    even = all(len(np.unique(row[row > 0])) == 1 for row in per_group)
+    if not even:
+        return independent
+    return np.array([_hit(moe, int((row > 0).sum()), int(row.max())) for row in per_group])
+
+
+@functools.lru_cache(maxsize=4096)
+def _hit(moe: MoEConfig, groups_on_node: int, experts_of_group: int) -> float:
+    """The probability that one of top_k experts, drawn from the kept groups, is on the node."""
+    kept, others = moe.groups_kept, moe.groups - groups_on_node
+    pool = kept * (moe.num_experts // moe.groups)
     total = 0.0
-    for chosen in range(max(0, kept - (groups - full)), min(full, kept) + 1):
-        ways = math.comb(full, chosen) * math.comb(groups - full, kept - chosen) / math.comb(groups, kept)
-        total += ways * (1 - _none(kept * width, chosen * held, top_k))
+    for chosen in range(max(0, kept - others), min(groups_on_node, kept) + 1):
+        ways = math.comb(groups_on_node, chosen) * math.comb(others, kept - chosen) / math.comb(moe.groups, kept)
+        total += ways * (1 - _none(pool, chosen * experts_of_group, moe.top_k))
     return total
 
 

@@ -48,17 +48,19 @@ def attention_core(model: ModelConfig, tokens: float, context: float, tp: int, b
     return Work(op, "bf16", flops, touched, (context, head / 2))
 
 
-def attention_decode(model: ModelConfig, sequences: float, context: float, precision: Precision, tp: int) -> list[Work]:
-    """Returns the calls of one layer's absorbed attention for one new token of each sequence."""
+def attention_decode(
+    model: ModelConfig, tokens: float, verified: int, context: float, precision: Precision, tp: int
+) -> list[Work]:
+    """Returns the calls of one layer's absorbed attention for `verified` new tokens of each sequence."""
     attention, width = model.attention, model.width
     heads = attention.heads / tp
-    calls = _query(attention, width, sequences, heads, precision)
-    calls.append(gemm(sequences, width, attention.cache_dim, precision.gemm))
-    calls.append(_absorbed(sequences, attention.nope_dim, attention.latent_dim, heads))
-    calls.append(_decode_core(attention, sequences, context, heads, precision))
-    calls.append(_absorbed(sequences, attention.latent_dim, attention.value_dim, heads))
-    calls.append(gemm(sequences, heads * attention.value_dim, width, precision.gemm))
-    return calls + [block_pass(model, sequences)]
+    calls = _query(attention, width, tokens, heads, precision)
+    calls.append(gemm(tokens, width, attention.cache_dim, precision.gemm))
+    calls.append(_absorbed(tokens, attention.nope_dim, attention.latent_dim, heads))
+    calls.append(_decode_core(attention, tokens / verified, context, heads * verified, precision))
+    calls.append(_absorbed(tokens, attention.latent_dim, attention.value_dim, heads))
+    calls.append(gemm(tokens, heads * attention.value_dim, width, precision.gemm))
+    return calls + [block_pass(model, tokens)]
 
 
 def _query(attention: AttentionConfig, width: int, tokens: float, heads: float, precision: Precision) -> list[Work]:
@@ -71,10 +73,10 @@ def _query(attention: AttentionConfig, width: int, tokens: float, heads: float, 
     ]
 
 
-def _absorbed(sequences: float, k: float, n: float, heads: float) -> Work:
-    """One [sequences, k] x [k, n] product per head, in BF16: streaming of weights, like a grouped product."""
-    touched = 2 * heads * (k * n + sequences * (k + n))
-    return Work("grouped_gemm", "bf16", 2 * heads * sequences * k * n, touched, (sequences, k, n, heads))
+def _absorbed(tokens: float, k: float, n: float, heads: float) -> Work:
+    """One [tokens, k] x [k, n] product per head, in BF16: streaming of weights, like a grouped product."""
+    touched = 2 * heads * (k * n + tokens * (k + n))
+    return Work("grouped_gemm", "bf16", 2 * heads * tokens * k * n, touched, (tokens, k, n, heads))
 
 
 def _decode_core(

@@ -10,7 +10,7 @@ from moe_ep.config import attention_parameters
 from moe_ep.cost import network, work
 from moe_ep.cost.kernels import Work
 from moe_ep.cost.network import Traffic
-from moe_ep.cost.routing import Routing, buffer_rows, nodes_reached, rows_between
+from moe_ep.cost.routing import Routing, buffer_rows, nodes_reached, rows_between, with_busiest
 from moe_ep.placement import Placement, balanced, co_activated, contiguous
 from moe_ep.simulate.scenario import Scenario
 
@@ -74,18 +74,21 @@ def _layer_load(
     placement = place(routing, layer, kind, ep, slots, gpus_per_node)
     counts = routing.counts(layer, tokens, ep, top_k)
     share = counts.sum(axis=0) / max(counts.sum(), 1e-300)
-    return LayerLoad(rows_between(counts, placement), placement, share)
+    rows = rows_between(counts, placement)
+    if routing.busiest is not None:
+        rows = with_busiest(rows, routing.busiest)
+    return LayerLoad(rows, placement, share)
 
 
 @functools.lru_cache(maxsize=512)
 def place(routing: Routing, layer: int, kind: str, ep: int, slots: int, gpus_per_node: int) -> Placement:
-    """Returns where a layer's experts live; with spare slots, replicas follow the routing's shares."""
+    """Returns where a layer's experts live."""
     experts = routing.shares.shape[1]
     if kind == "co_activated":
         return co_activated(routing.together, ep, min(gpus_per_node, ep))
-    if kind == "balanced" or slots * ep != experts:
+    if kind == "balanced":
         return balanced(routing.shares[layer], ep, slots)
-    return contiguous(experts, ep)
+    return contiguous(experts, ep, slots)
 
 
 def traffic(scenario: Scenario, load: LayerLoad, tokens: float, bytes_per_value: float) -> Traffic:
@@ -158,7 +161,7 @@ def attention_seconds(scenario: Scenario, tokens: float, backward: bool, overlap
     """Returns attention, router and shared experts of one layer; backward with what is computed again."""
     model, workload, precision, tp = scenario.model, scenario.workload, scenario.stack.precision, scenario.layout.tp
     if workload.phase == "decode":
-        calls = work.attention_decode(model, tokens * tp, workload.context, precision, tp)
+        calls = work.attention_decode(model, tokens * tp, workload.verified, workload.context, precision, tp)
     else:
         calls = work.attention_prefill(model, tokens * tp, workload.context, precision, tp)
     calls = calls + work.router(model, tokens) + [work.block_pass(model, tokens)]

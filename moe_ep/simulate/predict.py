@@ -71,15 +71,15 @@ def _assemble(scenario: Scenario, stage: StageWork, parts: dict[str, float], mis
     layout, workload, fabric = scenario.layout, scenario.workload, scenario.fabric
     chunks = layout.chunks if layout.overlap == "chunks" else 1
     seconds = step_seconds(scenario, stage)
-    tokens_per_gpu = workload.tokens * (workload.micro_batches if workload.phase == "train" else 1)
-    rate_per_gpu = tokens_per_gpu / seconds / layout.pp
-    training = 3 if workload.phase == "train" else 1
-    flops = forward_flops_per_token(scenario.model, _flop_context(scenario)) * training
-    network_s = network_seconds(stage, chunks) * (workload.micro_batches if training == 3 else 1)
-    compute_s = compute_seconds(stage, chunks) * (workload.micro_batches if training == 3 else 1)
+    training = workload.phase == "train"
+    times = workload.micro_batches if training else 1
+    # In a pipeline that trains a step is all micro-batches through all stages.
+    rate_per_gpu = workload.tokens_kept / seconds / layout.pp
+    flops = forward_flops_per_token(scenario.model, _flop_context(scenario)) * (3 if training else 1)
+    network_s, compute_s = times * network_seconds(stage, chunks), times * compute_seconds(stage, chunks)
     busy = seconds / scenario.stack.step_factor
     exposed = min(max(busy - compute_s, 0.0), network_s)
-    nic, nvlink = _bytes_sent(stage, chunks, workload.micro_batches if training == 3 else 1)
+    nic, nvlink = _bytes_sent(stage, chunks, times)
     return Prediction(
         feasible=missing == 0,
         missing_bytes=missing,
@@ -110,9 +110,8 @@ def _flop_context(scenario: Scenario) -> float:
 def _ms_per_token(scenario: Scenario, seconds: float) -> float:
     layout, workload = scenario.layout, scenario.workload
     if workload.phase == "decode":
-        return 1e3 * seconds * layout.pp
-    tokens = workload.tokens * (workload.micro_batches if workload.phase == "train" else 1)
-    return 1e3 * seconds / tokens
+        return 1e3 * seconds * layout.pp / workload.accepted
+    return 1e3 * seconds / workload.tokens_kept
 
 
 def _bytes_sent(stage: StageWork, chunks: int, micro_batches: int) -> tuple[float, float]:

@@ -9,7 +9,8 @@ from moe_ep.cost.kernels import AssumedKernels, KernelTable, load_table
 from moe_ep.cost.routing import Routing
 from moe_ep.cost.work import BF16, Precision
 
-OVERLAPS = ("none", "chunks", "two_batch")
+OVERLAPS = ("none", "chunks", "two_batch", "forward_backward")
+PLACEMENTS = ("contiguous", "balanced", "co_activated")
 TRANSPORTS = ("ragged", "all_to_all", "all_gather", "two_level")
 PHASES = ("prefill", "decode", "train")
 
@@ -60,8 +61,10 @@ class Layout:
       placement: "contiguous"; "balanced" (replicas and packing from the routing's shares);
         "co_activated" (from a trace's pairs).
       split_attention_weights: over the GPUs of a node, gathered before use.
+      overlap: "two_batch" staggers two micro-batches; "forward_backward" (training) lets
+        one micro-batch's forward pass cover another's backward pass.
       schedule: of a training pipeline: "1f1b" or "dualpipe".
-      chunk_layers_interleaved: virtual stages of the 1f1b schedule on each GPU.
+      interleaved: virtual stages of the 1f1b schedule on each GPU.
     """
 
     gpus: int
@@ -93,7 +96,9 @@ class Workload:
 
     Attributes:
       tokens_per_gpu: of one micro-batch, in prefill and training.
-      sequences_per_gpu: that decode one token each.
+      sequences_per_gpu: in decode.
+      verified, accepted: tokens of a sequence that a decode step computes and keeps
+        (more than one with speculation).
       context: tokens of a sequence (prefill, training), or in the cache (decode).
       micro_batches: of one training step.
     """
@@ -102,12 +107,21 @@ class Workload:
     context: int
     tokens_per_gpu: float = 0.0
     sequences_per_gpu: float = 0.0
+    verified: int = 1
+    accepted: float = 1.0
     micro_batches: int = 1
 
     @property
     def tokens(self) -> float:
-        """New tokens of a micro-batch on one GPU."""
-        return self.sequences_per_gpu if self.phase == "decode" else self.tokens_per_gpu
+        """Tokens that one GPU computes in a micro-batch."""
+        return self.sequences_per_gpu * self.verified if self.phase == "decode" else self.tokens_per_gpu
+
+    @property
+    def tokens_kept(self) -> float:
+        """Tokens that a step of one GPU advances by."""
+        if self.phase == "decode":
+            return self.sequences_per_gpu * self.accepted
+        return self.tokens_per_gpu * (self.micro_batches if self.phase == "train" else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +166,9 @@ def check(scenario: Scenario) -> Scenario:
              f"a divisor of model.moe.num_experts = {experts}, unless simulate.slots is given")  # fmt: skip
     _require(scenario.slots * layout.ep >= experts, "simulate.slots", scenario.slots,
              f"at least {-(-experts // layout.ep)}: {experts} experts on {layout.ep} GPUs")  # fmt: skip
+    _require(layout.placement in PLACEMENTS, "simulate.placement", layout.placement, "one of " + ", ".join(PLACEMENTS))
+    _require(layout.overlap != "forward_backward" or scenario.workload.phase == "train", "simulate.overlap",
+             layout.overlap, "forward_backward only with simulate.phase=train")  # fmt: skip
     _require(layout.placement != "co_activated" or scenario.routing.together is not None, "simulate.placement",
              layout.placement, "co_activated only with simulate.routing=trace:FILE")  # fmt: skip
     return scenario

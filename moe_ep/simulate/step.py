@@ -32,18 +32,18 @@ class StageWork:
 
 
 def pairs_forward_with_backward(scenario: Scenario) -> bool:
-    """True where the forward pass of one micro-batch covers the backward pass of another (DualPipe)."""
-    return scenario.workload.phase == "train" and scenario.layout.schedule == "dualpipe"
+    """True where the forward pass of one micro-batch covers the backward pass of another (as in DualPipe)."""
+    return scenario.layout.overlap == "forward_backward"
 
 
 def stage_work(scenario: Scenario) -> StageWork:
     """Evaluates every distinct layer once; the stage's layers take them in turn."""
     layout, workload, model = scenario.layout, scenario.workload, scenario.model
-    batches = 2 if layout.overlap == "two_batch" and not pairs_forward_with_backward(scenario) else 1
+    batches = 2 if layout.overlap == "two_batch" else 1
     tokens = workload.tokens / batches
     chunks = layout.chunks if layout.overlap == "chunks" else 1
     overlapped = layout.overlap != "none"
-    layers = max(round(model.moe_layers / layout.pp), 1)
+    layers = stage_layers(scenario)
     distinct = min(len(scenario.routing.shares), layers)
 
     def blocks(backward: bool) -> list[Block]:
@@ -62,14 +62,22 @@ def stage_work(scenario: Scenario) -> StageWork:
     )
 
 
+def stage_layers(scenario: Scenario) -> int:
+    """Returns the MoE layers of the slowest stage: one without dense layers or head, where there are several."""
+    model, stages = scenario.model, scenario.layout.pp
+    return model.moe_layers if stages == 1 else min(-(-model.layers // stages), model.moe_layers)
+
+
 def _dense_seconds(scenario: Scenario, tokens: float, backward: bool) -> float:
-    """Dense layers and the head; a stage takes its share of them."""
-    model, workload, layout = scenario.model, scenario.workload, scenario.layout
+    """Dense layers and the head; the slowest of several stages has none of them."""
+    model, workload = scenario.model, scenario.workload
+    if scenario.layout.pp > 1:
+        return 0.0
     calls = work.dense_layer(model, tokens, scenario.stack.precision, 1)
     dense = with_backward(scenario, calls, backward, False) + attention_seconds(scenario, tokens, backward, False)
     logits = tokens / workload.context if workload.phase == "prefill" else tokens
     head = with_backward(scenario, work.output_head(model, logits, 1), backward, False)
-    return (model.dense_layers * dense + head) / layout.pp
+    return model.dense_layers * dense + head
 
 
 def _update_seconds(scenario: Scenario) -> float:
@@ -142,7 +150,7 @@ def _staggered(blocks: list[Block], chunks: int) -> float:
     return seconds
 
 
-_PASS = {"none": _serial, "chunks": _chunked, "two_batch": _staggered}
+_PASS = {"none": _serial, "chunks": _chunked, "two_batch": _staggered, "forward_backward": _serial}
 
 
 def paired_seconds(stage: StageWork) -> float:
@@ -183,10 +191,9 @@ def step_seconds(scenario: Scenario, stage: StageWork) -> float:
         return factor * max(forward, stage.send_s)
     backward = backward_seconds(stage, layout.overlap, chunks)
     micro_batches = workload.micro_batches
-    if pairs_forward_with_backward(scenario):
-        pair = paired_seconds(stage)
-        bubble = max(layout.pp / 2 - 1, 0) * max(pair + backward - 3 * forward, 0.0)
-        return factor * (micro_batches * pair + bubble + stage.update_s)
-    idle = (layout.pp - 1) / layout.interleaved
-    sends = 2 * (layout.pp - 1) * stage.send_s
-    return factor * ((micro_batches + idle) * (forward + backward) + sends + stage.update_s)
+    pair = paired_seconds(stage) if pairs_forward_with_backward(scenario) else forward + backward
+    if layout.schedule == "dualpipe":
+        idle = max(layout.pp / 2 - 1, 0) * max(pair + backward - 3 * forward, 0.0)
+    else:
+        idle = (layout.pp - 1) / layout.interleaved * (forward + backward) + 2 * (layout.pp - 1) * stage.send_s
+    return factor * (micro_batches * pair + idle + stage.update_s)
