@@ -1,0 +1,1 @@
+"""Programs and kernels measured against their rivals, in one process each."""

@@ -1,0 +1,64 @@
+"""Times of several functions of one process, taken in turns so that all see the same clocks and heat."""
+
+from collections.abc import Callable
+import statistics
+import time
+from typing import Any, NamedTuple
+
+
+class Contender(NamedTuple):
+    """One way of doing the work.
+
+    launch: starts it and returns its output, which may not be ready.
+    wait: returns when that output, and so all work before it, is ready.
+    """
+
+    launch: Callable[[], Any]
+    wait: Callable[[Any], Any]
+
+
+class Times(NamedTuple):
+    """Seconds a call: median and quartiles over samples of `calls` calls each."""
+
+    median: float
+    quartiles: tuple[float, float]
+    samples: int
+    calls: int
+
+    @property
+    def spread(self) -> float:
+        """The quartiles' distance as a share of the median."""
+        return (self.quartiles[1] - self.quartiles[0]) / self.median
+
+
+def measure_in_turns(contenders: dict[str, Contender], samples: int, sample_seconds: float) -> dict[str, Times]:
+    """Returns the times of each contender.
+
+    A sample launches enough calls back to back to last about `sample_seconds`, so
+    the host's part hides behind the device's, and waits once.
+    """
+    calls = {name: _calls_to_fill(contender, sample_seconds) for name, contender in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(samples):
+        for name, contender in contenders.items():
+            seconds[name].append(_seconds_a_call(contender, calls[name]))
+    return {name: _summary(values, calls[name]) for name, values in seconds.items()}
+
+
+def _calls_to_fill(contender, sample_seconds):
+    contender.wait(contender.launch())  # compiles
+    one = _seconds_a_call(contender, 3)
+    return min(max(3, round(sample_seconds / one)), 500)
+
+
+def _seconds_a_call(contender, calls):
+    start = time.perf_counter()
+    for _ in range(calls):
+        out = contender.launch()
+    contender.wait(out)
+    return (time.perf_counter() - start) / calls
+
+
+def _summary(values, calls):
+    low, median, high = statistics.quantiles(values, n=4)
+    return Times(median, (low, high), len(values), calls)
