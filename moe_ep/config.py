@@ -99,7 +99,7 @@ class DispatchConfig:
     """How rows travel between tokens and experts."""
 
     transport: Literal["all_to_all", "all_gather"] = "all_to_all"
-    overlap: Literal["none", "chunks"] = "chunks"
+    overlap: Literal["none", "chunks", "staggered"] = "chunks"
     chunks: int = 1
     waves: int = 1  # the waves the first compiled program has; it grows when routing needs it
     margin_sigmas: float = 5.0  # a buffer holds mean + margin sqrt(mean) + 1 rows
@@ -184,9 +184,28 @@ class AotConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SimulateConfig:
-    """What `--mode=simulate` predicts."""
+    """What `--mode=simulate` predicts. GPUs are mesh.data x mesh.expert x simulate.pp."""
 
     point: str = ""  # the id of a published measurement, or "all"
+    published_values: str = ""  # a CSV with columns id and value that predictions are compared with
+    schedule: str = ""  # a schedule that --mode=aot wrote: walk it instead
+    sweep: Literal["none", "strong", "weak", "batch", "context", "skew", "nics", "break_even", "search"] = "none"
+    phase: Literal["prefill", "decode", "train"] = "prefill"
+    tokens_per_gpu: int | None = 2048  # of a micro-batch; none: the most that fits
+    sequences_per_gpu: int | None = 8  # in decode; none: the most that fits
+    context: int = 1024  # tokens of a sequence, in decode tokens in the cache
+    micro_batches: int = 1  # of a training step
+    tp: int = 1  # attention split over so many GPUs of a node
+    pp: int = 1  # pipeline stages
+    routing: str = "uniform"  # balanced, uniform, zipf:EXPONENT, power_law:ALPHA, histogram:FILE, trace:FILE
+    placement: Literal["contiguous", "balanced", "co_activated"] = "contiguous"
+    slots: int | None = None  # experts of a layer on each GPU; more than experts / EP means replicas
+    # "dispatch" takes what the program's own dispatch is set to.
+    transport: Literal["dispatch", "ragged", "all_to_all", "all_gather", "two_level"] = "dispatch"
+    overlap: Literal["dispatch", "none", "chunks", "staggered", "forward_backward"] = "dispatch"
+    efficiency: Literal["measured", "assumed"] = "measured"  # assumed: the reference experiment's own percentages
+    ignore_memory: bool = False  # time a layout that does not fit, as a counterfactual
+    latency_ms: float | None = None  # search: the most that a token may take
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,7 @@ def _trace_hidden(parameters: Parameters) -> float:
 def _prefill(gpu: str, context: int, slots: int | None, balanced: bool) -> typing.Callable[[Parameters], float]:
     def tokens_per_s_per_node(parameters: Parameters) -> float:
         routing = _routing("balanced", None if balanced else parameters.busiest)
-        layout = Layout(32, 32, overlap="two_batch", transport="two_level", slots=slots,
+        layout = Layout(32, 32, overlap="staggered", transport="two_level", slots=slots,
                         placement="balanced" if slots else "contiguous")  # fmt: skip
         stack = published.throughput_stack(parameters, parameters.prefill_factor)
         workload = Workload("prefill", context, tokens_per_gpu=16384)
@@ -140,7 +140,7 @@ def _decode_rate(
     return _rate(Scenario(DEEPSEEK_V3, published.cluster(gpu), layout, workload, routing, stack))
 
 
-def _sglang_decode(parameters: Parameters, workload: Workload, balancer: bool = True, overlap: str = "two_batch") -> float:
+def _sglang_decode(parameters: Parameters, workload: Workload, balancer: bool = True, overlap: str = "staggered") -> float:
     routing = _routing("balanced", parameters.busiest) if balancer else _routing(_UNBALANCED)
     return 8 * _decode_rate(parameters, "h100", 72, workload, _REDUNDANT_SLOTS // 72, routing, overlap)
 
@@ -159,12 +159,12 @@ def _eplb_ratio(parameters: Parameters) -> float:
 
 def _profile_decode(parameters: Parameters) -> float:
     workload = Workload("decode", 4096, sequences_per_gpu=128)
-    return 8 * _decode_rate(parameters, "h800", 128, workload, None, _routing("balanced"), "two_batch")
+    return 8 * _decode_rate(parameters, "h800", 128, workload, None, _routing("balanced"), "staggered")
 
 
 def _vllm(parameters: Parameters) -> float:
     routing = _routing("balanced", parameters.busiest)
-    return _decode_rate(parameters, "h200", 32, _DECODE_256, _REDUNDANT_SLOTS // 32, routing, "two_batch")
+    return _decode_rate(parameters, "h200", 32, _DECODE_256, _REDUNDANT_SLOTS // 32, routing, "staggered")
 
 
 def _training(

@@ -136,7 +136,7 @@ def _bottleneck(scenario: Scenario, compute_s: float, network_s: float, exposed:
         link = "NIC" if scenario.layout.ep > scenario.fabric.gpus_per_node else "NVLink"
         return f"network ({link}): fewer bytes a token, faster links or more overlap would lift it"
     if exposed > 0.1 * (compute_s + exposed):
-        return "exposed all-to-all: overlap (two_batch) or fewer padded bytes would lift it"
+        return "exposed all-to-all: overlap (staggered) or fewer padded bytes would lift it"
     if scenario.workload.phase == "decode":
         return "memory bandwidth: reading weights and cache; a larger batch or wider EP would lift it"
     return "compute: faster kernels would lift it"
@@ -147,7 +147,7 @@ def memory_of(scenario: Scenario) -> dict[str, float]:
     layout, workload, model = scenario.layout, scenario.workload, scenario.model
     precision, training = scenario.stack.precision, workload.phase == "train"
     chunks = layout.chunks if layout.overlap == "chunks" else 1
-    batches = 2 if layout.overlap == "two_batch" else 1
+    batches = 2 if layout.overlap == "staggered" else 1
     part = workload.tokens / batches / chunks
     rows = part * model.moe.top_k
     if layout.transport == "all_to_all":

@@ -9,7 +9,7 @@ from moe_ep.cost.kernels import AssumedKernels, KernelTable, load_table
 from moe_ep.cost.routing import Routing
 from moe_ep.cost.work import BF16, Precision
 
-OVERLAPS = ("none", "chunks", "two_batch", "forward_backward")
+OVERLAPS = ("none", "chunks", "staggered", "forward_backward")
 PLACEMENTS = ("contiguous", "balanced", "co_activated")
 TRANSPORTS = ("ragged", "all_to_all", "all_gather", "two_level")
 PHASES = ("prefill", "decode", "train")
@@ -61,7 +61,7 @@ class Layout:
       placement: "contiguous"; "balanced" (replicas and packing from the routing's shares);
         "co_activated" (from a trace's pairs).
       split_attention_weights: over the GPUs of a node, gathered before use.
-      overlap: "two_batch" staggers two micro-batches; "forward_backward" (training) lets
+      overlap: "staggered" staggers two micro-batches; "forward_backward" (training) lets
         one micro-batch's forward pass cover another's backward pass.
       schedule: of a training pipeline: "1f1b" or "dualpipe".
       interleaved: virtual stages of the 1f1b schedule on each GPU.

@@ -19,7 +19,7 @@ class StageWork:
       dense_s, dense_backward_s: dense layers and the output head.
       update_s: optimizer and the sum of gradients over replicas, once a step.
       send_s: activations to the next stage.
-      batches: micro-batches that march together (two_batch: 2).
+      batches: micro-batches that march together (staggered: 2).
     """
 
     forward: list[Block]
@@ -39,7 +39,7 @@ def pairs_forward_with_backward(scenario: Scenario) -> bool:
 def stage_work(scenario: Scenario) -> StageWork:
     """Evaluates every distinct layer once; the stage's layers take them in turn."""
     layout, workload, model = scenario.layout, scenario.workload, scenario.model
-    batches = 2 if layout.overlap == "two_batch" else 1
+    batches = 2 if layout.overlap == "staggered" else 1
     tokens = workload.tokens / batches
     chunks = layout.chunks if layout.overlap == "chunks" else 1
     overlapped = layout.overlap != "none"
@@ -150,7 +150,7 @@ def _staggered(blocks: list[Block], chunks: int) -> float:
     return seconds
 
 
-_PASS = {"none": _serial, "chunks": _chunked, "two_batch": _staggered, "forward_backward": _serial}
+_PASS = {"none": _serial, "chunks": _chunked, "staggered": _staggered, "forward_backward": _serial}
 
 
 def paired_seconds(stage: StageWork) -> float:

@@ -146,7 +146,12 @@ def _pair(program: _Program, joined: tuple[int, ...], network: tuple, compute: t
     )
 
 
-_BUILD = {"none": _build_serial, "chunks": _build_chunked, "two_batch": _build_staggered}
+_BUILD = {
+    "none": _build_serial,
+    "chunks": _build_chunked,
+    "staggered": _build_staggered,
+    "forward_backward": _build_serial,
+}
 
 
 def pipeline_seconds(forward_s: float, backward_s: float, send_s: float, stages: int, micro_batches: int) -> float:

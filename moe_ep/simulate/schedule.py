@@ -1,0 +1,180 @@
+"""The second engine: walks the schedule that the compiler made, with the same kernel and network models.
+
+A schedule is JSON, format "moe_ep.schedule/1", as `--mode=aot` writes it:
+
+    {"format": "moe_ep.schedule/1", "program": "prefill", "gpus": 128, "gpus_per_node": 8,
+     "gpu": "paper_h100", "tokens_per_gpu": 2048, "entry": "main",
+     "computations": {"main": [INSTRUCTION, ...], "body.1": [INSTRUCTION, ...]}}
+
+A computation lists its instructions in scheduled order, the order in which they
+are issued on the compute stream. An instruction is one of
+
+    {"kind": "compute", "name", "op", "flops", "bytes", "dtype", "scope"}
+        op: gemm, grouped_gemm, attention, mla_decode or other; bytes read and written in memory
+    {"kind": "collective" | "collective_start", "name", "op", "bytes", "group_size", "group_stride", "scope"}
+        op: all_to_all, ragged_all_to_all, all_gather, reduce_scatter, all_reduce, collective_permute;
+        bytes: one GPU's operand, of an all_gather its output. A plain collective holds the
+        compute stream until it has ended; a start enters the network stream.
+    {"kind": "collective_done", "name", "start"}      the compute stream waits for that start
+    {"kind": "loop", "name", "body", "trip_count"}, {"kind": "call", "name", "body"}
+
+Numbers are one GPU's and one execution's; unknown ones are 0.
+"""
+
+import dataclasses
+import json
+import typing
+
+import numpy as np
+
+from moe_ep.config import ConfigError
+from moe_ep.cost import network
+from moe_ep.cost.kernels import AssumedKernels, KernelTable, Work
+from moe_ep.cost.network import Fabric, NetworkParameters
+
+FORMAT = "moe_ep.schedule/1"
+
+
+@dataclasses.dataclass
+class Walk:
+    """Clocks and totals in seconds; `exposed` is what compute waited for the network, by scope."""
+
+    compute_free: float = 0.0
+    network_free: float = 0.0
+    compute: float = 0.0
+    network: dict[str, float] = dataclasses.field(default_factory=dict)
+    exposed: dict[str, float] = dataclasses.field(default_factory=dict)
+    ends: dict[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
+
+    def scaled_onto(self, body: "Walk", times: int) -> None:
+        """Adds `times` executions of a body that was walked once from a standstill."""
+        start = max(self.compute_free, self.network_free) if body.network else self.compute_free
+        self.compute_free = start + times * max(body.compute_free, body.network_free)
+        self.network_free = max(self.network_free, self.compute_free if body.network else 0.0)
+        self.compute += times * body.compute
+        for mine, theirs in ((self.network, body.network), (self.exposed, body.exposed)):
+            for scope, seconds in theirs.items():
+                mine[scope] = mine.get(scope, 0.0) + times * seconds
+
+
+def load(path: str) -> dict[str, typing.Any]:
+    """Reads a schedule.
+
+    Raises:
+      ConfigError: the file is missing, or not of this format.
+    """
+    try:
+        document = json.loads(open(path).read())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--set simulate.schedule={path}: allowed is a schedule of --mode=aot ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ConfigError(f"--set simulate.schedule={path}: allowed is a JSON object of format {FORMAT}")
+    return document
+
+
+def walk(
+    schedule: dict[str, typing.Any],
+    fabric: Fabric,
+    kernels: KernelTable | AssumedKernels,
+    parameters: NetworkParameters,
+) -> dict[str, typing.Any]:
+    """Returns step, compute and network seconds, what is hidden of each scope's collectives, and the bottleneck."""
+    result = _walk_computation(schedule, schedule["entry"], fabric, kernels, parameters)
+    step = max(result.compute_free, result.network_free)
+    total, exposed = sum(result.network.values()), sum(result.exposed.values())
+    hidden = {
+        scope: 1 - min(result.exposed.get(scope, 0.0) / seconds, 1.0)
+        for scope, seconds in result.network.items()
+        if seconds
+    }
+    return {
+        "program": schedule.get("program", ""),
+        "gpus": schedule["gpus"],
+        "step_s": step,
+        "compute_s": result.compute,
+        "network_s": total,
+        "exposed_s": exposed,
+        "hidden_share": 1 - min(exposed / total, 1.0) if total else 1.0,
+        "hidden_share_by_scope": hidden,
+        "network_s_by_scope": result.network,
+        "exposed_communication_share": exposed / step if step else 0.0,
+        "bottleneck": "network" if exposed > result.compute else "compute",
+        "tokens_per_s_per_gpu": schedule.get("tokens_per_gpu", 0) / step if step else 0.0,
+    }
+
+
+def _walk_computation(schedule, name: str, fabric: Fabric, kernels, parameters: NetworkParameters) -> Walk:
+    state = Walk()
+    for instruction in schedule["computations"][name]:
+        kind = instruction["kind"]
+        if kind in ("loop", "call"):
+            body = _walk_computation(schedule, instruction["body"], fabric, kernels, parameters)
+            state.scaled_onto(body, instruction.get("trip_count", 1))
+        elif kind == "compute":
+            seconds = kernels.seconds(_work(instruction), fabric.gpu)
+            state.compute_free += seconds
+            state.compute += seconds
+        elif kind == "collective_done":
+            _wait(state, *state.ends[instruction["start"]])
+        else:
+            _collective(state, instruction, collective_seconds(instruction, fabric, parameters))
+    return state
+
+
+def _collective(state: Walk, instruction: dict, seconds: float) -> None:
+    scope = instruction.get("scope", "")
+    begin = max(state.network_free, state.compute_free)
+    state.network_free = begin + seconds
+    state.network[scope] = state.network.get(scope, 0.0) + seconds
+    state.ends[instruction["name"]] = (state.network_free, scope)
+    if instruction["kind"] == "collective":
+        _wait(state, state.network_free, scope)
+
+
+def _wait(state: Walk, end: float, scope: str) -> None:
+    waited = max(end - state.compute_free, 0.0)
+    state.exposed[scope] = state.exposed.get(scope, 0.0) + waited
+    state.compute_free += waited
+
+
+def _work(instruction: dict) -> Work:
+    """A schedule gives FLOPs and bytes; the shape that a table looks for is the square product of as many FLOPs."""
+    op, flops, touched = instruction["op"], instruction["flops"], instruction["bytes"]
+    dtype = "fp8" if instruction.get("dtype", "").startswith("f8") else "bf16"
+    if op in ("gemm", "grouped_gemm") and flops:
+        rows = max(min((flops / 2) ** (1 / 3), 8192.0), 1.0)
+        side = (flops / 2 / rows) ** 0.5
+        return Work(op, dtype, flops, touched, (rows, side, side, 8 if op == "grouped_gemm" else 1))
+    if op == "attention" and flops:
+        return Work("attention", "bf16", flops, touched, (4096, 64))
+    if op == "mla_decode" and flops:
+        return Work("mla_decode", "bf16", flops, touched, (64, 4096, 128))
+    return Work("memory", "bf16", 0.0, touched, (max(touched, 1.0),))
+
+
+def collective_seconds(instruction: dict, fabric: Fabric, parameters: NetworkParameters) -> float:
+    """Returns the time of one collective of a schedule."""
+    op, moved = instruction["op"], float(instruction["bytes"])
+    group, stride = int(instruction["group_size"]), int(instruction.get("group_stride", 1))
+    if group <= 1 or moved == 0:
+        return 0.0
+    if op in ("all_to_all", "ragged_all_to_all"):
+        return _even_all_to_all(moved, group, stride, fabric, parameters)
+    if op == "all_reduce":
+        return network.all_reduce_seconds(moved, group, fabric, parameters, stride)
+    if op == "collective_permute":
+        return network.send_seconds(moved, fabric, parameters)
+    return network.gather_seconds(moved, group, fabric, parameters, stride)
+
+
+def _even_all_to_all(
+    moved: float, group: int, stride: int, fabric: Fabric, parameters: NetworkParameters
+) -> float:
+    """Every member sends an equal part to every member; groups side by side keep all GPUs busy."""
+    members = max(fabric.gpus_per_node // stride, 1)
+    narrow = dataclasses.replace(
+        fabric, gpus_per_node=min(members, group),
+        nics_per_node=1, nic_bytes_per_s=fabric.nic_bytes_per_s / fabric.gpus_per_nic * min(members, group),
+    )  # fmt: skip
+    matrix = np.full((group, group), moved / group)
+    return network.all_to_all_seconds(network.direct_traffic(matrix, narrow), narrow, parameters)

@@ -1,0 +1,181 @@
+"""The published measurements predicted, with the error bar that the calibration rows give."""
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import typing
+
+from moe_ep.config import ConfigError, require
+from moe_ep.simulate import calibration
+from moe_ep.simulate.points import POINTS, Point, find
+from moe_ep.simulate.published import Parameters
+
+# Written by `fit_to_file`, so that predicting one point needs no fit; a test holds it equal to a fresh fit.
+FITTED = pathlib.Path(__file__).parent / "fitted.json"
+COLUMNS = ("id", "predicted", "unit", "error_bar", "split", "measured", "residual", "network", "assumed")
+
+
+@functools.lru_cache(maxsize=None)
+def fitted() -> tuple[Parameters, dict[str, float]]:
+    """Returns the fitted parameters and the error bar of each family of points."""
+    document = json.loads(FITTED.read_text())
+    return Parameters(**document["parameters"]), document["error_bars"]
+
+
+def fit_to_file(path: pathlib.Path = FITTED) -> None:
+    """Fits the parameters to the calibration rows and writes them with their error bars."""
+    document = {
+        "parameters": dataclasses.asdict(calibration.fit()),
+        "set_by": calibration.SET_BY,
+        "error_bars": error_bars(),
+        "left_out_residuals": left_out_residuals(),
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def left_out_residuals() -> dict[str, float]:
+    """Returns, for each calibration row, its relative error when the parameters are fitted without it.
+
+    A row that alone sets a factor is predicted with the mean factor of the other systems:
+    the error of carrying the model to a system that it has not seen.
+    """
+    residuals = {}
+    for row, point in calibration.calibration_points().items():
+        parameters = calibration.fit(without=(row,))
+        factor = next((name for name in _FACTORS if calibration.SET_BY[name] == (row,)), None)
+        if factor:
+            others = [getattr(calibration.fit(), name) for name in _FACTORS if name != factor]
+            mean = math.exp(sum(math.log(value) for value in others) / len(others))
+            parameters = dataclasses.replace(calibration.fit(), **{factor: mean})
+        residuals[row] = point.predict(parameters) / point.value - 1
+    return residuals
+
+
+_FACTORS = ("train_factor", "prefill_factor", "decode_factor")
+
+
+def error_bars() -> dict[str, float]:
+    """Returns the root mean square of the left-out residuals of each family."""
+    residuals = left_out_residuals()
+    bars = {}
+    for family in sorted({point.family for point in POINTS}):
+        errors = [residuals[point.id] for point in POINTS if point.family == family and point.id in residuals]
+        bars[family] = math.sqrt(sum(error**2 for error in errors) / len(errors))
+    return bars
+
+
+def predict_point(point_id: str) -> dict[str, typing.Any]:
+    """Returns one point's prediction, in JSON keys.
+
+    Raises:
+      ConfigError: no such point.
+    """
+    point = find(point_id)
+    require(point is not None, "simulate.point", point_id, "all or one of " + ", ".join(p.id for p in POINTS))
+    return _row(point, None)
+
+
+def _row(point: Point, measured: float | None) -> dict[str, typing.Any]:
+    parameters, bars = fitted()
+    predicted = point.predict(parameters)
+    measured = point.value if point.value is not None else measured
+    return {
+        "id": point.id,
+        "predicted": round(predicted, 4),
+        "unit": point.unit,
+        "error_bar": round(bars[point.family], 4),
+        "split": "calibration" if point.value is not None else "held-out",
+        "measured": measured,
+        "residual": None if measured is None else round(predicted / measured - 1, 4),
+        "network": point.network,
+        "assumed": point.assumed,
+        "source": point.source,
+        "family": point.family,
+    }
+
+
+def predict_all(values_path: str = "") -> dict[str, typing.Any]:
+    """Returns every point's prediction, the free parameters, and mean errors where values are known.
+
+    Args:
+      values_path: a CSV with columns id and value; held-out values found there are
+        compared with, never fitted to.
+    """
+    values = _read_values(values_path) if values_path else {}
+    rows = [_row(point, values.get(point.id)) for point in POINTS]
+    parameters, bars = fitted()
+    listed = [
+        {"parameter": name, "value": value, "set_by": list(calibration.SET_BY[name])}
+        for name, value in dataclasses.asdict(parameters).items()
+    ]
+    return {
+        "rows": rows,
+        "free_parameters": listed,
+        "error_bars": bars,
+        "left_out_residuals": json.loads(FITTED.read_text())["left_out_residuals"],
+        "mean_absolute_error": _mean_errors(rows),
+    }
+
+
+def _read_values(path: str) -> dict[str, float]:
+    try:
+        with open(path, newline="") as file:
+            return {row["id"]: float(row["value"]) for row in csv.DictReader(file) if row["value"]}
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"--set simulate.published_values={path}: allowed is a CSV with columns id and value ({error})"
+        ) from error
+
+
+def _mean_errors(rows: list[dict]) -> dict[str, float]:
+    """Mean absolute relative error by split and family, where values are known."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        if row["residual"] is not None:
+            groups.setdefault(f"{row['split']} {row['family']}", []).append(abs(row["residual"]))
+    return {name: round(sum(errors) / len(errors), 4) for name, errors in sorted(groups.items())}
+
+
+def write(result: dict[str, typing.Any], folder: pathlib.Path) -> None:
+    """Writes validation.csv and validation.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "validation.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(result["rows"])
+    (folder / "validation.md").write_text(markdown(result))
+
+
+def markdown(result: dict[str, typing.Any]) -> str:
+    """Returns the predictions, free parameters and residuals as Markdown."""
+    lines = [
+        "# Published systems, predicted",
+        "",
+        "Predicted by `python -m moe_ep.run --mode=simulate --set simulate.point=all`; nothing here was measured by this",
+        "project. Held-out rows took part in no fit. The error bar is the root mean square, over the calibration rows of",
+        "the family, of the error when a row is left out of the fit (of a step factor: when it is replaced by the other",
+        "systems').",
+        "",
+        "| id | predicted | unit | error bar | published | residual | left out | network | assumed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    left_out = result["left_out_residuals"]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['id']} | {row['predicted']:.5g} | {row['unit']} | ±{row['error_bar']:.0%} | "
+            f"{_or_blank(row['measured'], '{:g}')} | {_or_blank(row['residual'], '{:+.1%}')} | "
+            f"{_or_blank(left_out.get(row['id']), '{:+.1%}')} | {row['network']} | {row['assumed']} |"
+        )
+    lines += ["", "## Free parameters", "", "| parameter | value | set by |", "|---|---|---|"]
+    for entry in result["free_parameters"]:
+        lines.append(f"| {entry['parameter']} | {entry['value']:.4g} | {', '.join(entry['set_by'])} |")
+    lines += ["", "## Mean absolute error where values are known", ""]
+    lines += [f"- {name}: {error:.1%}" for name, error in result["mean_absolute_error"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _or_blank(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
