@@ -10,12 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from moe_ep.config import Activation, DispatchConfig, MoEConfig
-from moe_ep.dispatch import DispatchCounts, count_experts, dispatch, make_exchange
+from moe_ep.dispatch import DispatchCounts, Exchange, count_experts, exchange_rows, make_exchange
 from moe_ep.kernels.grouped_matmul import ExpertWeights, RowGroups, expert_mlp
 from moe_ep.mesh import EXPERT
 from moe_ep.model.parameter import matrix
 from moe_ep.model.router import Router, Routing
-from moe_ep.shapes import Activations, Choices, ExpertCounts, RouterBias, Rows, Scalar
+from moe_ep.shapes import Activations, Choices, ExpertCounts, RouterBias, Rows, Scalar, TokenRows
 
 
 class MoEReport(NamedTuple):
@@ -87,12 +87,11 @@ class MoE(nnx.Module):
         key: Array,
         width: int,
         config: MoEConfig,
-        dispatch: DispatchConfig,
         *,
         dtype: jnp.dtype,
         output_scale: float,
     ):
-        self.config, self.dispatch = config, dispatch
+        self.config = config
         keys = jax.random.split(key, 3)
         self.router = Router(keys[0], width, config)
         self.experts = Experts(keys[1], width, config, dtype=dtype, output_scale=output_scale)
@@ -103,33 +102,47 @@ class MoE(nnx.Module):
             )
 
     def __call__(
-        self, x: Activations, bias: RouterBias, replay: Choices | None = None
+        self, x: Activations, bias: RouterBias, dispatch: DispatchConfig, replay: Choices | None = None
     ) -> tuple[Activations, MoEReport]:
         """Routes this device's tokens through the whole layer's experts.
 
         Args:
           x: this device's tokens.
           bias: the balance bias, used for the choice only.
+          dispatch: how rows travel, and the waves of this program.
           replay: choices to use instead of the router's own.
         """
         tokens = x.reshape(-1, x.shape[-1])
-        exchange = make_exchange(
-            self.dispatch,
-            experts=self.config.num_experts,
-            peers=jax.lax.axis_size(EXPERT),
-            tokens=tokens.shape[0],
-            top_k=self.config.top_k,
-        )
-        with jax.named_scope("router"):
-            routing = self.router(tokens, bias, replay)
-        combined, counts = dispatch(tokens, routing.choices, routing.weights, self.experts, exchange)
+        routing = self.route(tokens, bias, replay)
+        exchange = self.exchange(tokens.shape[0], dispatch)
+        combined, counts = exchange_rows(tokens, routing.choices, routing.weights, self.experts, exchange)
         output = combined.reshape(x.shape)
         if self.config.shared_experts:
-            with jax.named_scope("shared_experts"):
-                output = output + self.shared(x)
-        return output, self._report(routing, counts)
+            output = output + self.share(x)
+        return output, self.report(routing, counts)
 
-    def _report(self, routing: Routing, counts: DispatchCounts) -> MoEReport:
+    def exchange(self, tokens: int, dispatch: DispatchConfig) -> Exchange:
+        """Returns the static sizes of an exchange of so many tokens on each device."""
+        return make_exchange(
+            dispatch,
+            experts=self.config.num_experts,
+            peers=jax.lax.axis_size(EXPERT),
+            tokens=tokens,
+            top_k=self.config.top_k,
+        )
+
+    def route(self, tokens: TokenRows, bias: RouterBias, replay: Choices | None = None) -> Routing:
+        """Returns each token's experts and their weights."""
+        with jax.named_scope("router"):
+            return self.router(tokens, bias, replay)
+
+    def share(self, x: Activations) -> Activations:
+        """Returns the output of the experts that every token meets."""
+        with jax.named_scope("shared_experts"):
+            return self.shared(x)
+
+    def report(self, routing: Routing, counts: DispatchCounts) -> MoEReport:
+        """Returns what one exchange counted and chose."""
         log_partition: Float[Array, "t"] = jax.scipy.special.logsumexp(routing.logits, axis=-1)
         return MoEReport(
             dispatch=counts,

@@ -10,11 +10,12 @@ from jax import Array
 from jaxtyping import Float32, Int32
 
 from moe_ep.config import DispatchConfig, ModelConfig
-from moe_ep.model.block import DenseBlock, MoEBlock
+from moe_ep.model.block import AttentionHalf, DenseBlock, MoEBlock
 from moe_ep.model.moe import MoEReport
 from moe_ep.model.norm import RMSNorm
 from moe_ep.model.parameter import matrix, stack
-from moe_ep.shapes import Activations, Logits, Tokens
+from moe_ep.model.staggered import scan_staggered
+from moe_ep.shapes import Activations, Logits, Positions, Tokens
 
 
 class Transformer(nnx.Module):
@@ -23,10 +24,9 @@ class Transformer(nnx.Module):
     Args:
       key: of all parameters' values; the same key gives the same model on every mesh.
       config: sizes and types; `attention.implementation` must be resolved (not "auto").
-      dispatch: how rows travel, and the waves of this program.
     """
 
-    def __init__(self, key: Array, config: ModelConfig, dispatch: DispatchConfig):
+    def __init__(self, key: Array, config: ModelConfig):
         self.config = config
         keys = jax.random.split(key, 4)
         table = (config.vocabulary, config.width)
@@ -34,37 +34,38 @@ class Transformer(nnx.Module):
         self.embedding = matrix(keys[0], table, (None, None), fan_in=1, scale=0.02)
         make_dense = lambda key: DenseBlock(key, config)  # noqa: E731
         self.dense = stack(make_dense, keys[1], config.dense_layers) if config.dense_layers else None
-        self.moe = stack(lambda key: MoEBlock(key, config, dispatch), keys[2], config.moe_layers)
+        self.moe = stack(lambda key: MoEBlock(key, config), keys[2], config.moe_layers)
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.head = matrix(keys[3], (config.width, config.vocabulary), (None, None), fan_in=config.width)
 
     def __call__(
-        self, tokens: Tokens, bias: Float32[Array, "L E"], replay: Int32[Array, "L t K"] | None = None
+        self,
+        tokens: Tokens,
+        bias: Float32[Array, "L E"],
+        dispatch: DispatchConfig,
+        replay: Int32[Array, "L t K"] | None = None,
     ) -> tuple[Activations, MoEReport]:
         """Returns the normed output of the last block and every MoE layer's report, stacked over layers.
 
         Args:
           tokens: this device's sequences, each from position 0.
           bias: the balance bias of every MoE layer.
+          dispatch: how rows travel, and the waves of this program.
           replay: choices to use instead of the routers' own.
         """
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
         with jax.named_scope("embedding"):
             x = self.embedding[...].astype(jnp.dtype(self.config.dtype))[tokens]
         remember = _REMAT[self.config.remat]
+        positions = _positions(x)
 
         @remember
         def dense_step(x: Activations, block: DenseBlock) -> tuple[Activations, None]:
             return block(x, positions), None
 
-        @remember
-        def moe_step(x: Activations, layer: tuple) -> tuple[Activations, MoEReport]:
-            block, bias, replay = layer
-            return block(x, positions, bias, replay)
-
         if self.dense is not None:
             x, _ = jax.lax.scan(dense_step, x, self.dense)
-        x, reports = jax.lax.scan(moe_step, x, (self.moe, bias, replay))
+        scan_blocks = _OVERLAPS[dispatch.overlap]
+        x, reports = scan_blocks(x, self.moe, bias, replay, remember, dispatch)
         return self.norm(x), reports
 
     def logits(self, hidden: Activations) -> Logits:
@@ -73,6 +74,45 @@ class Transformer(nnx.Module):
             head = self.head[...].astype(hidden.dtype)
             return jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=jnp.float32)
 
+
+def _positions(x: Activations) -> Positions:
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
+
+
+def _scan_whole(
+    x: Activations,
+    blocks: MoEBlock,
+    bias: Array,
+    replay: Array | None,
+    remember: Callable,
+    dispatch: DispatchConfig,
+) -> tuple[Activations, MoEReport]:
+    positions = _positions(x)
+
+    @remember
+    def step(x: Activations, layer: tuple) -> tuple[Activations, MoEReport]:
+        block, bias, replay = layer
+        return block(x, positions, bias, dispatch, replay)
+
+    return jax.lax.scan(step, x, (blocks, bias, replay))
+
+
+def _scan_halves(
+    x: Activations,
+    blocks: MoEBlock,
+    bias: Array,
+    replay: Array | None,
+    remember: Callable,
+    dispatch: DispatchConfig,
+) -> tuple[Activations, MoEReport]:
+    def attend(half: AttentionHalf, x: Activations, _: None) -> tuple[Activations, None]:
+        return half(x, _positions(x)), None
+
+    x, reports, _ = scan_staggered(attend, x, blocks, bias, replay, None, remember, dispatch)
+    return x, reports
+
+
+_OVERLAPS = {"none": _scan_whole, "chunks": _scan_whole, "staggered": _scan_halves}
 
 _KEEP = jax.checkpoint_policies.save_only_these_names("dispatched", "expert_outputs")
 _REMAT: dict[str, Callable] = {
