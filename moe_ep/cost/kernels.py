@@ -14,6 +14,7 @@ import math
 import pathlib
 import typing
 
+from moe_ep.cost.units import Number
 from moe_ep.hardware import GPUS, Gpu
 
 TABLES = pathlib.Path(__file__).parent / "tables"
@@ -31,26 +32,26 @@ class Work:
 
     op: str  # gemm, grouped_gemm, attention, attention_backward, mla_decode, memory
     dtype: str
-    flops: float
-    bytes: float
-    shape: tuple[float, ...]
+    flops: Number
+    bytes: Number
+    shape: tuple[Number, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Measurement:
-    """A row of a table."""
+    """A row of a table. Equal only to itself, so that a table's rows are a cheap key."""
 
     op: str
     dtype: str
-    shape: tuple[float, ...]
-    utilisation: float
+    shape: tuple[Number, ...]
+    utilisation: Number
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Seconds of one call, and whether its shape lies outside all measured ones."""
 
-    seconds: float
+    seconds: Number
     extrapolated: bool
 
 
@@ -64,12 +65,12 @@ class KernelTable:
 
     name: str
     source: str
-    launch_s: float
+    launch_s: Number
     rows: tuple[Measurement, ...]
     # Work runs on this share of the SMs (communication kernels hold the others).
-    compute_share: float = 1.0
+    compute_share: Number = 1.0
 
-    def seconds(self, work: Work, gpu: Gpu) -> float:
+    def seconds(self, work: Work, gpu: Gpu) -> Number:
         """Returns the seconds of one call, never less than the roofline."""
         return self.time(work, gpu).seconds
 
@@ -82,17 +83,17 @@ class KernelTable:
         return Timing(max(floor / utilisation, self.launch_s), extrapolated)
 
 
-def roofline_seconds(work: Work, gpu: Gpu, compute_share: float = 1.0) -> float:
+def roofline_seconds(work: Work, gpu: Gpu, compute_share: Number = 1.0) -> Number:
     """Returns the larger of FLOPs over peak and bytes over memory bandwidth."""
     return max(work.flops / (peak_flops(gpu, work.dtype) * compute_share), work.bytes / gpu.memory_bytes_per_s)
 
 
-def peak_flops(gpu: Gpu, dtype: str) -> float:
+def peak_flops(gpu: Gpu, dtype: str) -> Number:
     """Returns dense FLOP/s of a type on a GPU."""
     return gpu.fp8_flops_per_s if dtype == "fp8" else gpu.bf16_flops_per_s
 
 
-def gemm(m: float, k: float, n: float, dtype: str, groups: int = 1, out_bytes: int = 2) -> Work:
+def gemm(m: Number, k: Number, n: Number, dtype: str, groups: int = 1, out_bytes: int = 2) -> Work:
     """Returns the work of `groups` products [m, k] x [k, n], all operands read once and the output written once."""
     operand = _BYTES[dtype]
     touched = groups * (operand * (m * k + k * n) + out_bytes * m * n)
@@ -100,7 +101,7 @@ def gemm(m: float, k: float, n: float, dtype: str, groups: int = 1, out_bytes: i
     return Work(op, dtype, 2.0 * groups * m * k * n, touched, (m, k, n, groups))
 
 
-def memory_pass(touched_bytes: float) -> Work:
+def memory_pass(touched_bytes: Number) -> Work:
     """Returns the work of an elementwise pass that reads and writes so many bytes."""
     return Work("memory", "bf16", 0.0, touched_bytes, (touched_bytes,))
 
@@ -109,22 +110,22 @@ def memory_pass(touched_bytes: float) -> Work:
 class AssumedKernels:
     """Stands in for a table where a source only assumes one MFU and one share of the memory bandwidth."""
 
-    mfu: float
-    memory_efficiency: float
-    compute_share: float = 1.0
+    mfu: Number
+    memory_efficiency: Number
+    compute_share: Number = 1.0
 
     @property
     def name(self) -> str:
         return f"assumed: MFU {self.mfu:.0%}, memory bandwidth {self.memory_efficiency:.0%}"
 
-    def seconds(self, work: Work, gpu: Gpu) -> float:
+    def seconds(self, work: Work, gpu: Gpu) -> Number:
         """Returns the larger of compute and memory time at the assumed efficiencies."""
         compute = work.flops / (peak_flops(gpu, work.dtype) * self.mfu * self.compute_share)
         return max(compute, work.bytes / (gpu.memory_bytes_per_s * self.memory_efficiency))
 
 
 @functools.lru_cache(maxsize=65536)
-def _utilisation(rows: tuple, op: str, dtype: str, shape: tuple[float, ...]) -> tuple[float, bool]:
+def _utilisation(rows: tuple, op: str, dtype: str, shape: tuple[Number, ...]) -> tuple[Number, bool]:
     """Returns the inverse-square-distance mean of the nearest rows' utilisations, in log2 of the shape."""
     same = [row for row in rows if row.op == op and row.dtype == dtype]
     if not same:
@@ -139,15 +140,15 @@ def _utilisation(rows: tuple, op: str, dtype: str, shape: tuple[float, ...]) -> 
     return mean, _is_outside(place, [_logs(row.shape) for row in same])
 
 
-def _logs(shape: typing.Sequence[float]) -> tuple[float, ...]:
+def _logs(shape: typing.Sequence[Number]) -> tuple[Number, ...]:
     return tuple(math.log2(max(size, 1.0)) for size in shape)
 
 
-def _distance(one: typing.Sequence[float], other: typing.Sequence[float]) -> float:
+def _distance(one: typing.Sequence[Number], other: typing.Sequence[Number]) -> Number:
     return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, other)))
 
 
-def _is_outside(place: tuple[float, ...], rows: list[tuple[float, ...]]) -> bool:
+def _is_outside(place: tuple[Number, ...], rows: list[tuple[Number, ...]]) -> bool:
     return any(not min(column) <= value <= max(column) for value, column in zip(place, zip(*rows)))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from moe_ep.config import ModelConfig, attention_parameters, mlp_parameters
+from moe_ep.cost.units import Number
 
 # Of each trained parameter: float32 master weight, Adam's two moments, and its gradient.
 _MASTER_BYTES, _ADAM_BYTES, _GRADIENT_BYTES = 4, 8, 4
@@ -27,17 +28,17 @@ class MemoryPlan:
     training: bool
     weight_bytes: int
     cache_bytes: int
-    layer_share: float
+    layer_share: Number
     slots: int
-    attention_share: float
-    tokens: float
-    cached_tokens: float
-    buffer_rows: float
-    expert_rows: float
-    saved_layers: float = 0.0
+    attention_share: Number
+    tokens: Number
+    cached_tokens: Number
+    buffer_rows: Number
+    expert_rows: Number
+    saved_layers: Number = 0.0
 
 
-def parameters_per_gpu(plan: MemoryPlan) -> dict[str, float]:
+def parameters_per_gpu(plan: MemoryPlan) -> dict[str, Number]:
     """Returns parameters held by one GPU, by part; embeddings stand on the first and last stage."""
     model, moe = plan.model, plan.model.moe
     expert = mlp_parameters(model.width, moe.hidden, moe.activation)
@@ -54,7 +55,7 @@ def parameters_per_gpu(plan: MemoryPlan) -> dict[str, float]:
     }
 
 
-def bytes_per_gpu(plan: MemoryPlan) -> dict[str, float]:
+def bytes_per_gpu(plan: MemoryPlan) -> dict[str, Number]:
     """Returns bytes of one GPU by part: weights, gradients, optimizer, kv_cache, activations, buffers."""
     parameters = parameters_per_gpu(plan)
     count = sum(parameters.values())
@@ -71,7 +72,7 @@ def bytes_per_gpu(plan: MemoryPlan) -> dict[str, float]:
     return parts
 
 
-def _activations(plan: MemoryPlan) -> float:
+def _activations(plan: MemoryPlan) -> Number:
     """The residual stream, one attention block's inputs, and what training saves of each layer."""
     model, attention = plan.model, plan.model.attention
     heads = attention.heads * (2 * attention.query_dim + 2 * attention.value_dim)
@@ -80,13 +81,13 @@ def _activations(plan: MemoryPlan) -> float:
     return block + logits + plan.saved_layers * plan.tokens * model.width * 2
 
 
-def _buffers(plan: MemoryPlan) -> float:
+def _buffers(plan: MemoryPlan) -> Number:
     """Sent and received rows, the compact rows, their hidden rows and results."""
     model, moe = plan.model, plan.model.moe
     gate = 2 if moe.activation == "silu_gated" else 1
     return 2 * (2 * plan.buffer_rows * model.width + plan.expert_rows * (2 * model.width + gate * moe.hidden))
 
 
-def total(parts: dict[str, float]) -> float:
+def total(parts: dict[str, Number]) -> Number:
     """Returns the sum over parts."""
     return sum(parts.values())

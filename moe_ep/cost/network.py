@@ -6,10 +6,12 @@ else crosses one NIC on each side.
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
 
+from moe_ep.cost.units import Number
 from moe_ep.hardware import Gpu
 
 
@@ -26,12 +28,12 @@ class NetworkParameters:
 
     name: str
     source: str
-    nic_efficiency: float
-    nvlink_efficiency: float
-    latency_s: float
-    latency_per_round_s: float = 0.0
+    nic_efficiency: Number
+    nvlink_efficiency: Number
+    latency_s: Number
+    latency_per_round_s: Number = 0.0
     peers_per_round: int = 32
-    wait_s: float = 0.0
+    wait_s: Number = 0.0
 
 
 NCCL = NetworkParameters(
@@ -52,7 +54,7 @@ class Fabric:
     gpu: Gpu
     gpus_per_node: int
     nics_per_node: int
-    nic_bytes_per_s: float
+    nic_bytes_per_s: Number
 
     @property
     def gpus_per_nic(self) -> int:
@@ -69,17 +71,17 @@ class Traffic:
     nic_in: np.ndarray
     peers_outside: int
 
-    @property
-    def nic_bytes_per_gpu(self) -> float:
+    @functools.cached_property
+    def nic_bytes_per_gpu(self) -> Number:
         """The mean over GPUs of the bytes sent to other nodes."""
         return float(self.nic_out.sum() / len(self.nvlink_out))
 
-    @property
-    def nvlink_bytes_per_gpu(self) -> float:
+    @functools.cached_property
+    def nvlink_bytes_per_gpu(self) -> Number:
         """The mean over GPUs of the bytes sent inside the node."""
         return float(self.nvlink_out.mean())
 
-    def scaled(self, factor: float) -> "Traffic":
+    def scaled(self, factor: Number) -> "Traffic":
         """Returns the traffic of a part of, or of several, such collectives, or of the way back times a factor."""
         return Traffic(
             self.nvlink_out * factor, self.nvlink_in * factor, self.nic_out * factor, self.nic_in * factor,
@@ -145,7 +147,7 @@ def _by_nic(per_gpu: np.ndarray, fabric: Fabric) -> np.ndarray:
     return padded.reshape(-1, share).sum(axis=1)
 
 
-def all_to_all_seconds(traffic: Traffic, fabric: Fabric, parameters: NetworkParameters) -> float:
+def all_to_all_seconds(traffic: Traffic, fabric: Fabric, parameters: NetworkParameters) -> Number:
     """Returns the busiest link's time plus latency; nothing when no byte leaves a GPU."""
     nvlink = max(traffic.nvlink_out.max(), traffic.nvlink_in.max())
     nic = max(traffic.nic_out.max(), traffic.nic_in.max())
@@ -160,8 +162,8 @@ def all_to_all_seconds(traffic: Traffic, fabric: Fabric, parameters: NetworkPara
 
 
 def gather_seconds(
-    bytes_gathered: float, group: int, fabric: Fabric, parameters: NetworkParameters, stride: int = 1
-) -> float:
+    bytes_gathered: Number, group: int, fabric: Fabric, parameters: NetworkParameters, stride: int = 1
+) -> Number:
     """Returns the time of an all-gather, or of a reduce-scatter, of so many bytes over a group.
 
     Every GPU receives (group - 1) / group of the bytes; inside a node over NVLink, across
@@ -189,13 +191,13 @@ def gather_seconds(
 
 
 def all_reduce_seconds(
-    reduced_bytes: float, group: int, fabric: Fabric, parameters: NetworkParameters, stride: int = 1
-) -> float:
+    reduced_bytes: Number, group: int, fabric: Fabric, parameters: NetworkParameters, stride: int = 1
+) -> Number:
     """Returns the time of an all-reduce as a reduce-scatter and an all-gather."""
     return 2 * gather_seconds(reduced_bytes, group, fabric, parameters, stride)
 
 
-def send_seconds(sent_bytes: float, fabric: Fabric, parameters: NetworkParameters) -> float:
+def send_seconds(sent_bytes: Number, fabric: Fabric, parameters: NetworkParameters) -> Number:
     """Returns the time of a send to another node when all GPUs of the node send at once."""
     if sent_bytes == 0:
         return 0.0

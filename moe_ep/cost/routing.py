@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from moe_ep.config import ConfigError, ModelConfig, MoEConfig
+from moe_ep.cost.units import Number
 from moe_ep.placement import Placement
 
 _LAYERS_SAMPLED = 4
@@ -29,9 +30,9 @@ class Routing:
     shares: np.ndarray
     sampled: bool
     together: np.ndarray | None = None
-    busiest: float | None = None
+    busiest: Number | None = None
 
-    def counts(self, layer: int, tokens: float, sources: int, top_k: int, seed: int = 0) -> np.ndarray:
+    def counts(self, layer: int, tokens: Number, sources: int, top_k: int, seed: int = 0) -> np.ndarray:
         """Returns rows from each source to each expert, [sources, experts]; each source sums to tokens x top_k."""
         share = self.shares[layer % len(self.shares)]
         assignments = tokens * top_k
@@ -75,7 +76,7 @@ def _wrong(spec: str) -> ConfigError:
     )
 
 
-def _number(text: str, spec: str) -> float:
+def _number(text: str, spec: str) -> Number:
     try:
         value = float(text)
     except ValueError:
@@ -85,14 +86,14 @@ def _number(text: str, spec: str) -> float:
     return value
 
 
-def _zipf(exponent: float, num_experts: int, top_k: int, seed: int) -> np.ndarray:
+def _zipf(exponent: Number, num_experts: int, top_k: int, seed: int) -> np.ndarray:
     """Shares as rank^-exponent, hot experts at random places of each layer."""
     share = capped(np.arange(1, num_experts + 1) ** -exponent, top_k)
     generator = np.random.default_rng(seed)
     return np.stack([share[generator.permutation(num_experts)] for _ in range(_LAYERS_SAMPLED)])
 
 
-def _power_law(alpha: float, num_experts: int, top_k: int, seed: int) -> np.ndarray:
+def _power_law(alpha: Number, num_experts: int, top_k: int, seed: int) -> np.ndarray:
     """Shares drawn from a bounded power law over four decades, one draw a layer (the form that AIConfigurator assumes)."""
     uniform = np.random.default_rng(seed).uniform(size=(_LAYERS_SAMPLED, num_experts))
     if abs(alpha - 1) < 1e-9:
@@ -143,7 +144,7 @@ def rows_between(counts: np.ndarray, placement: Placement) -> np.ndarray:
     return per_slot.sum(axis=2)
 
 
-def with_busiest(rows: np.ndarray, busiest: float) -> np.ndarray:
+def with_busiest(rows: np.ndarray, busiest: Number) -> np.ndarray:
     """Returns rows whose fullest destination takes `busiest` times the mean, the others sharing the rest."""
     received = rows.sum(axis=0)
     hot = int(np.argmax(received))
@@ -152,7 +153,7 @@ def with_busiest(rows: np.ndarray, busiest: float) -> np.ndarray:
     return rows * (target / np.maximum(received, 1e-300))
 
 
-def buffer_rows(tokens: float, top_k: int, peers: int, margin_sigmas: float) -> int:
+def buffer_rows(tokens: Number, top_k: int, peers: int, margin_sigmas: Number) -> int:
     """Returns C, the rows of one (source, destination) buffer: mean + margin sqrt(mean) + 1."""
     mean = tokens * top_k / peers
     return math.floor(mean + margin_sigmas * math.sqrt(mean)) + 1
@@ -187,7 +188,7 @@ def _exactly(moe: MoEConfig, held: np.ndarray, independent: np.ndarray) -> np.nd
 
 
 @functools.lru_cache(maxsize=4096)
-def _hit(moe: MoEConfig, groups_on_node: int, experts_of_group: int) -> float:
+def _hit(moe: MoEConfig, groups_on_node: int, experts_of_group: int) -> Number:
     """The probability that one of top_k experts, drawn from the kept groups, is on the node."""
     kept, others = moe.groups_kept, moe.groups - groups_on_node
     pool = kept * (moe.num_experts // moe.groups)
@@ -199,7 +200,7 @@ def _hit(moe: MoEConfig, groups_on_node: int, experts_of_group: int) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _none(pool: int, marked: int, draws: int) -> float:
+def _none(pool: int, marked: int, draws: int) -> Number:
     """The probability that no marked one is among `draws` of `pool`, drawn without replacement."""
     if draws > pool - marked:
         return 0.0

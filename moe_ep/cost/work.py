@@ -4,6 +4,7 @@ import dataclasses
 
 from moe_ep.config import AttentionConfig, ModelConfig
 from moe_ep.cost.kernels import Work, gemm, memory_pass
+from moe_ep.cost.units import Number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,8 +14,8 @@ class Precision:
     gemm: str = "bf16"  # "fp8": products of weights in FP8 with BF16 outputs
     weight_bytes: int = 2
     cache_bytes: int = 2
-    dispatch_bytes_per_value: float = 2.0
-    combine_bytes_per_value: float = 2.0
+    dispatch_bytes_per_value: Number = 2.0
+    combine_bytes_per_value: Number = 2.0
 
 
 BF16 = Precision()
@@ -22,7 +23,7 @@ BF16 = Precision()
 FP8 = Precision("fp8", 1, 2, 1 + 4 / 128, 2.0)
 
 
-def attention_prefill(model: ModelConfig, tokens: float, context: float, precision: Precision, tp: int) -> list[Work]:
+def attention_prefill(model: ModelConfig, tokens: Number, context: Number, precision: Precision, tp: int) -> list[Work]:
     """Returns the forward calls of one layer's attention over whole sequences of `context` tokens, causal."""
     attention, width = model.attention, model.width
     heads = attention.heads / tp
@@ -37,7 +38,7 @@ def attention_prefill(model: ModelConfig, tokens: float, context: float, precisi
     return calls + [memory_pass(assembled), block_pass(model, tokens)]
 
 
-def attention_core(model: ModelConfig, tokens: float, context: float, tp: int, backward: bool = False) -> Work:
+def attention_core(model: ModelConfig, tokens: Number, context: Number, tp: int, backward: bool = False) -> Work:
     """Returns the scores and values of causal attention; backward is 2.5 times the forward's FLOPs."""
     attention = model.attention
     head = attention.query_dim + attention.value_dim
@@ -49,7 +50,7 @@ def attention_core(model: ModelConfig, tokens: float, context: float, tp: int, b
 
 
 def attention_decode(
-    model: ModelConfig, tokens: float, verified: int, context: float, precision: Precision, tp: int
+    model: ModelConfig, tokens: Number, verified: int, context: Number, precision: Precision, tp: int
 ) -> list[Work]:
     """Returns the calls of one layer's absorbed attention for `verified` new tokens of each sequence."""
     attention, width = model.attention, model.width
@@ -63,7 +64,7 @@ def attention_decode(
     return calls + [block_pass(model, tokens)]
 
 
-def _query(attention: AttentionConfig, width: int, tokens: float, heads: float, precision: Precision) -> list[Work]:
+def _query(attention: AttentionConfig, width: int, tokens: Number, heads: Number, precision: Precision) -> list[Work]:
     if not attention.query_latent_dim:
         return [gemm(tokens, width, heads * attention.query_dim, precision.gemm)]
     latent = attention.query_latent_dim
@@ -73,26 +74,26 @@ def _query(attention: AttentionConfig, width: int, tokens: float, heads: float, 
     ]
 
 
-def _absorbed(tokens: float, k: float, n: float, heads: float) -> Work:
+def _absorbed(tokens: Number, k: Number, n: Number, heads: Number) -> Work:
     """One [tokens, k] x [k, n] product per head, in BF16: streaming of weights, like a grouped product."""
     touched = 2 * heads * (k * n + tokens * (k + n))
     return Work("grouped_gemm", "bf16", 2 * heads * tokens * k * n, touched, (tokens, k, n, heads))
 
 
 def _decode_core(
-    attention: AttentionConfig, sequences: float, context: float, heads: float, precision: Precision
+    attention: AttentionConfig, sequences: Number, context: Number, heads: Number, precision: Precision
 ) -> Work:
     flops = 2 * sequences * context * heads * (attention.cache_dim + attention.latent_dim)
     touched = sequences * context * attention.cache_dim * precision.cache_bytes
     return Work("mla_decode", "bf16", flops, touched, (sequences, context, heads))
 
 
-def block_pass(model: ModelConfig, tokens: float) -> Work:
+def block_pass(model: ModelConfig, tokens: Number) -> Work:
     """Returns the passes over the residual stream of half a block: norm (read, write), add (2 reads, write)."""
     return memory_pass(tokens * model.width * 2 * 5)
 
 
-def experts(model: ModelConfig, rows: float, groups: int, precision: Precision) -> list[Work]:
+def experts(model: ModelConfig, rows: Number, groups: int, precision: Precision) -> list[Work]:
     """Returns the calls of the experts of one GPU on `rows` rows spread evenly over `groups` of them."""
     moe, width = model.moe, model.width
     calls = mlp(width, moe.hidden, moe.activation == "silu_gated", rows, groups, precision)
@@ -101,7 +102,7 @@ def experts(model: ModelConfig, rows: float, groups: int, precision: Precision) 
     return calls + [memory_pass(moved)]
 
 
-def mlp(width: int, hidden: int, gated: bool, rows: float, groups: int, precision: Precision) -> list[Work]:
+def mlp(width: int, hidden: int, gated: bool, rows: Number, groups: int, precision: Precision) -> list[Work]:
     """Returns the two products of `groups` feed-forward layers and the activation's pass where it is not fused."""
     up = hidden * (2 if gated else 1)
     each = rows / groups
@@ -111,7 +112,7 @@ def mlp(width: int, hidden: int, gated: bool, rows: float, groups: int, precisio
     return calls
 
 
-def router(model: ModelConfig, tokens: float) -> list[Work]:
+def router(model: ModelConfig, tokens: Number) -> list[Work]:
     """Returns the router's product (float32 on few columns: bound by memory) and the weighted sum of the results."""
     moe, width = model.moe, model.width
     scores = memory_pass(tokens * (width * 2 + moe.num_experts * 4) + width * moe.num_experts * 4)
@@ -119,7 +120,7 @@ def router(model: ModelConfig, tokens: float) -> list[Work]:
     return [scores, combine]
 
 
-def shared_experts(model: ModelConfig, tokens: float, precision: Precision) -> list[Work]:
+def shared_experts(model: ModelConfig, tokens: Number, precision: Precision) -> list[Work]:
     """Returns the calls of the experts that every token meets; none without any."""
     moe = model.moe
     if not moe.shared_experts:
@@ -127,13 +128,13 @@ def shared_experts(model: ModelConfig, tokens: float, precision: Precision) -> l
     return mlp(model.width, moe.hidden * moe.shared_experts, moe.activation == "silu_gated", tokens, 1, precision)
 
 
-def dense_layer(model: ModelConfig, tokens: float, precision: Precision, tp: int) -> list[Work]:
+def dense_layer(model: ModelConfig, tokens: Number, precision: Precision, tp: int) -> list[Work]:
     """Returns the calls of a dense feed-forward layer."""
     gated = model.activation == "silu_gated"
     return mlp(model.width, model.hidden // tp, gated, tokens, 1, precision) + [block_pass(model, tokens)]
 
 
-def output_head(model: ModelConfig, tokens: float, tp: int) -> list[Work]:
+def output_head(model: ModelConfig, tokens: Number, tp: int) -> list[Work]:
     """Returns the product that gives logits, in BF16, and the pass over them."""
     logits = model.vocabulary / tp
     return [gemm(tokens, model.width, logits, "bf16"), memory_pass(tokens * logits * (2 + 4))]

@@ -11,6 +11,7 @@ import typing
 
 import numpy as np
 
+from moe_ep.cost.units import Number
 from moe_ep.simulate.points import POINTS, Point, find
 from moe_ep.simulate.published import Parameters
 
@@ -60,7 +61,7 @@ def _fit_links(parameters: Parameters, rows: list[str]) -> Parameters:
     return dataclasses.replace(parameters, rdma_efficiency=float(1 / slowdown), low_latency_s=float(latency_us) * 1e-6)
 
 
-def _fit_added(parameters: Parameters, name: str, rows: list[str], unit_s: float) -> Parameters:
+def _fit_added(parameters: Parameters, name: str, rows: list[str], unit_s: Number) -> Parameters:
     """A time added to each row, least squares of relative errors."""
     if not rows:
         return parameters
@@ -84,13 +85,13 @@ def _fit_busiest(parameters: Parameters, rows: list[str]) -> Parameters:
         return parameters
     point = find(rows[0])
 
-    def excess(busiest: float) -> float:
+    def excess(busiest: Number) -> Number:
         return point.predict(dataclasses.replace(parameters, busiest=busiest)) - point.value
 
     return dataclasses.replace(parameters, busiest=_bisect(excess, 1.0, 4.0))
 
 
-def _bisect(function: typing.Callable[[float], float], low: float, high: float) -> float:
+def _bisect(function: typing.Callable[[Number], Number], low: Number, high: Number) -> Number:
     """The zero of a falling function, or the end nearest to it."""
     if function(low) <= 0:
         return low

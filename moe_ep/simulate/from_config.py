@@ -7,6 +7,7 @@ from moe_ep.cost.kernels import AssumedKernels
 from moe_ep.cost.memory import total
 from moe_ep.cost.network import NCCL, Fabric
 from moe_ep.cost.routing import make_routing
+from moe_ep.cost.units import Number
 from moe_ep.simulate.predict import memory_of
 from moe_ep.simulate.scenario import DoesNotFit, Layout, Scenario, Stack, Workload, check, own_stack
 
@@ -70,7 +71,7 @@ def scenario_of(config: Config) -> Scenario:
     return check(scenario if workload.tokens else with_most_that_fits(scenario))
 
 
-def with_batch(scenario: Scenario, size: float) -> Scenario:
+def with_batch(scenario: Scenario, size: Number) -> Scenario:
     """Returns the scenario with so many sequences (decode) or tokens a GPU."""
     name = "sequences_per_gpu" if scenario.workload.phase == "decode" else "tokens_per_gpu"
     return dataclasses.replace(scenario, workload=dataclasses.replace(scenario.workload, **{name: size}))

@@ -11,6 +11,7 @@ from moe_ep.cost import network, work
 from moe_ep.cost.kernels import Work
 from moe_ep.cost.network import Traffic
 from moe_ep.cost.routing import Routing, buffer_rows, nodes_reached, rows_between, with_busiest
+from moe_ep.cost.units import Number
 from moe_ep.placement import Placement, balanced, co_activated, contiguous
 from moe_ep.simulate.scenario import Scenario
 
@@ -29,20 +30,20 @@ class Block:
       dispatch_traffic, combine_traffic: bytes at the ports.
     """
 
-    attention: float
-    dispatch: float
+    attention: Number
+    dispatch: Number
     experts: np.ndarray
-    combine: float
-    gather: float
+    combine: Number
+    gather: Number
     dispatch_traffic: Traffic
     combine_traffic: Traffic
 
-    @property
-    def slowest_experts(self) -> float:
+    @functools.cached_property
+    def slowest_experts(self) -> Number:
         return float(self.experts.max())
 
     @property
-    def network(self) -> float:
+    def network(self) -> Number:
         return self.dispatch + self.combine + self.gather
 
 
@@ -55,12 +56,12 @@ class LayerLoad:
     share: np.ndarray  # [experts], as drawn
 
     @property
-    def max_over_mean(self) -> float:
+    def max_over_mean(self) -> Number:
         received = self.rows.sum(axis=0)
         return float(received.max() / max(received.mean(), 1e-300))
 
 
-def layer_load(scenario: Scenario, layer: int, tokens: float) -> LayerLoad:
+def layer_load(scenario: Scenario, layer: int, tokens: Number) -> LayerLoad:
     """Draws a layer's choices and returns the rows between GPUs of one expert group."""
     layout = scenario.layout
     return _layer_load(scenario.routing, layer % len(scenario.routing.shares), tokens, scenario.model.moe.top_k,
@@ -69,7 +70,7 @@ def layer_load(scenario: Scenario, layer: int, tokens: float) -> LayerLoad:
 
 @functools.lru_cache(maxsize=512)
 def _layer_load(
-    routing: Routing, layer: int, tokens: float, top_k: int, kind: str, ep: int, slots: int, gpus_per_node: int
+    routing: Routing, layer: int, tokens: Number, top_k: int, kind: str, ep: int, slots: int, gpus_per_node: int
 ) -> LayerLoad:
     placement = place(routing, layer, kind, ep, slots, gpus_per_node)
     counts = routing.counts(layer, tokens, ep, top_k)
@@ -91,17 +92,17 @@ def place(routing: Routing, layer: int, kind: str, ep: int, slots: int, gpus_per
     return contiguous(experts, ep, slots)
 
 
-def traffic(scenario: Scenario, load: LayerLoad, tokens: float, bytes_per_value: float) -> Traffic:
+def traffic(scenario: Scenario, load: LayerLoad, tokens: Number, bytes_per_value: Number) -> Traffic:
     """Returns the ports' bytes of a dispatch over the layout's transport."""
     row_bytes = scenario.model.width * bytes_per_value
     return _TRAFFIC[scenario.layout.transport](scenario, load, tokens, row_bytes)
 
 
-def _ragged(scenario: Scenario, load: LayerLoad, tokens: float, row_bytes: float) -> Traffic:
+def _ragged(scenario: Scenario, load: LayerLoad, tokens: Number, row_bytes: Number) -> Traffic:
     return network.direct_traffic(load.rows * row_bytes, scenario.fabric)
 
 
-def _fixed_buffers(scenario: Scenario, load: LayerLoad, tokens: float, row_bytes: float) -> Traffic:
+def _fixed_buffers(scenario: Scenario, load: LayerLoad, tokens: Number, row_bytes: Number) -> Traffic:
     """Every pair sends whole buffers; as many waves as the fullest pair needs."""
     layout, moe = scenario.layout, scenario.model.moe
     capacity = buffer_rows(tokens, moe.top_k, layout.ep, layout.margin_sigmas)
@@ -110,12 +111,12 @@ def _fixed_buffers(scenario: Scenario, load: LayerLoad, tokens: float, row_bytes
     return network.direct_traffic(sent * row_bytes, scenario.fabric)
 
 
-def _all_gather(scenario: Scenario, load: LayerLoad, tokens: float, row_bytes: float) -> Traffic:
+def _all_gather(scenario: Scenario, load: LayerLoad, tokens: Number, row_bytes: Number) -> Traffic:
     """Every GPU sends its tokens to all others, and gets partial sums back."""
     return network.direct_traffic(np.full_like(load.rows, tokens * row_bytes), scenario.fabric)
 
 
-def _two_level(scenario: Scenario, load: LayerLoad, tokens: float, row_bytes: float) -> Traffic:
+def _two_level(scenario: Scenario, load: LayerLoad, tokens: Number, row_bytes: Number) -> Traffic:
     """A row crosses once to each node that has one of its experts, and is copied on by NVLink there."""
     width = min(scenario.fabric.gpus_per_node, scenario.layout.ep)
     reached = nodes_reached(scenario.model, load.share, load.placement, width)
@@ -126,7 +127,7 @@ def _two_level(scenario: Scenario, load: LayerLoad, tokens: float, row_bytes: fl
 _TRAFFIC = {"ragged": _ragged, "all_to_all": _fixed_buffers, "all_gather": _all_gather, "two_level": _two_level}
 
 
-def make_block(scenario: Scenario, layer: int, tokens: float, chunks: int, backward: bool, overlapped: bool) -> Block:
+def make_block(scenario: Scenario, layer: int, tokens: Number, chunks: int, backward: bool, overlapped: bool) -> Block:
     """Returns one direction of a layer: attention on `tokens`, the rest on tokens / chunks.
 
     Args:
@@ -148,7 +149,7 @@ def make_block(scenario: Scenario, layer: int, tokens: float, chunks: int, backw
     )
 
 
-def seconds_of(scenario: Scenario, calls: list[Work], overlapped: bool) -> float:
+def seconds_of(scenario: Scenario, calls: list[Work], overlapped: bool) -> Number:
     """Returns the time of calls one after another on one GPU."""
     stack = scenario.stack
     kernels = stack.kernels
@@ -157,7 +158,7 @@ def seconds_of(scenario: Scenario, calls: list[Work], overlapped: bool) -> float
     return sum(kernels.seconds(call, scenario.fabric.gpu) for call in calls)
 
 
-def attention_seconds(scenario: Scenario, tokens: float, backward: bool, overlapped: bool) -> float:
+def attention_seconds(scenario: Scenario, tokens: Number, backward: bool, overlapped: bool) -> Number:
     """Returns attention, router and shared experts of one layer; backward with what is computed again."""
     model, workload, precision, tp = scenario.model, scenario.workload, scenario.stack.precision, scenario.layout.tp
     if workload.phase == "decode":
@@ -183,14 +184,14 @@ def expert_seconds(scenario: Scenario, rows: np.ndarray, backward: bool, overlap
     return np.interp(rows, nodes, times)
 
 
-def with_backward(scenario: Scenario, calls: list[Work], backward: bool, overlapped: bool) -> float:
+def with_backward(scenario: Scenario, calls: list[Work], backward: bool, overlapped: bool) -> Number:
     if not backward:
         return seconds_of(scenario, calls, overlapped)
     again = calls if scenario.remat else []
     return seconds_of(scenario, work.backward(calls) + again, overlapped)
 
 
-def gather_seconds(scenario: Scenario, tokens: float) -> float:
+def gather_seconds(scenario: Scenario, tokens: Number) -> Number:
     """Returns the collectives of attention: split weights gathered in the node; tensor-parallel rows gathered and summed."""
     model, layout, fabric = scenario.model, scenario.layout, scenario.fabric
     parameters = scenario.stack.network

@@ -11,6 +11,7 @@ import typing
 from moe_ep.cost import work
 from moe_ep.cost.network import all_to_all_seconds
 from moe_ep.cost.routing import make_routing
+from moe_ep.cost.units import Number
 from moe_ep.simulate import published
 from moe_ep.simulate.layer import Block, make_block, seconds_of
 from moe_ep.simulate.predict import predict
@@ -34,32 +35,32 @@ class Point:
     family: str
     network: str
     source: str
-    predict: typing.Callable[[Parameters], float]
-    value: float | None = None
+    predict: typing.Callable[[Parameters], Number]
+    value: Number | None = None
     assumed: str = ""
 
 
 @functools.lru_cache(maxsize=None)
-def _routing(spec: str, busiest: float | None = None):
+def _routing(spec: str, busiest: Number | None = None):
     return dataclasses.replace(make_routing(spec, DEEPSEEK_V3.moe.num_experts, DEEPSEEK_V3.moe.top_k), busiest=busiest)
 
 
-def _low_latency(parameters: Parameters, gpu: str, ep: int, tokens: float) -> Block:
+def _low_latency(parameters: Parameters, gpu: str, ep: int, tokens: Number) -> Block:
     workload = Workload("decode", 4096, sequences_per_gpu=tokens)
     scenario = Scenario(DEEPSEEK_V3, published.cluster(gpu), Layout(ep, ep, transport="ragged"), workload,
                         _routing("balanced"), published.decode_stack(parameters))  # fmt: skip
     return make_block(scenario, 0, tokens, 1, backward=False, overlapped=False)
 
 
-def _dispatch_us(ep: int) -> typing.Callable[[Parameters], float]:
+def _dispatch_us(ep: int) -> typing.Callable[[Parameters], Number]:
     return lambda parameters: 1e6 * _low_latency(parameters, "h800", ep, 128).dispatch
 
 
-def _combine_us(ep: int) -> typing.Callable[[Parameters], float]:
+def _combine_us(ep: int) -> typing.Callable[[Parameters], Number]:
     return lambda parameters: 1e6 * _low_latency(parameters, "h800", ep, 128).combine
 
 
-def _expert_gemm_us(ep: int) -> typing.Callable[[Parameters], float]:
+def _expert_gemm_us(ep: int) -> typing.Callable[[Parameters], Number]:
     """The table counts tokens over the whole expert group: 128 / ep on each GPU."""
     return lambda parameters: 1e6 * _low_latency(parameters, "h100", ep, 128 / ep).slowest_experts
 
@@ -73,15 +74,15 @@ def trace_scenario(parameters: Parameters) -> Scenario:
     return Scenario(model, published.cluster("h800"), layout, workload, _routing("balanced"), stack)
 
 
-def _trace_span_ms(parameters: Parameters) -> float:
+def _trace_span_ms(parameters: Parameters) -> Number:
     scenario = trace_scenario(parameters)
     stage = stage_work(scenario)
     layers = dataclasses.replace(stage, dense_s=0.0, dense_backward_s=0.0)
     return 1e3 * scenario.stack.step_factor * paired_seconds(layers)
 
 
-def _trace_collective_ms(which: str) -> typing.Callable[[Parameters], float]:
-    def milliseconds(parameters: Parameters) -> float:
+def _trace_collective_ms(which: str) -> typing.Callable[[Parameters], Number]:
+    def milliseconds(parameters: Parameters) -> Number:
         scenario = trace_scenario(parameters)
         block = make_block(scenario, 0, 4096, 1, backward=False, overlapped=True)
         moved = block.dispatch_traffic if which == "dispatch" else block.combine_traffic
@@ -90,7 +91,7 @@ def _trace_collective_ms(which: str) -> typing.Callable[[Parameters], float]:
     return milliseconds
 
 
-def _trace_gemm_ms(parameters: Parameters) -> float:
+def _trace_gemm_ms(parameters: Parameters) -> Number:
     """16 calls are, of each of 4 layers, two products forward and their two input gradients."""
     scenario = trace_scenario(parameters)
     calls = work.experts(DEEPSEEK_V3, 4096 * 8, 4, scenario.stack.precision)
@@ -98,7 +99,7 @@ def _trace_gemm_ms(parameters: Parameters) -> float:
     return 1e3 * 4 * 2 * seconds_of(scenario, products, overlapped=True)
 
 
-def _trace_hidden(parameters: Parameters) -> float:
+def _trace_hidden(parameters: Parameters) -> Number:
     """What the span exceeds its compute by is exposed."""
     scenario = trace_scenario(parameters)
     stage = stage_work(scenario)
@@ -107,8 +108,8 @@ def _trace_hidden(parameters: Parameters) -> float:
     return 1 - min(max(network - compute, 0.0) / network, 1.0)
 
 
-def _prefill(gpu: str, context: int, slots: int | None, balanced: bool) -> typing.Callable[[Parameters], float]:
-    def tokens_per_s_per_node(parameters: Parameters) -> float:
+def _prefill(gpu: str, context: int, slots: int | None, balanced: bool) -> typing.Callable[[Parameters], Number]:
+    def tokens_per_s_per_node(parameters: Parameters) -> Number:
         routing = _routing("balanced", None if balanced else parameters.busiest)
         layout = Layout(32, 32, overlap="staggered", transport="two_level", slots=slots,
                         placement="balanced" if slots else "contiguous")  # fmt: skip
@@ -119,7 +120,7 @@ def _prefill(gpu: str, context: int, slots: int | None, balanced: bool) -> typin
     return tokens_per_s_per_node
 
 
-def _rate(scenario: Scenario) -> float:
+def _rate(scenario: Scenario) -> Number:
     return predict(dataclasses.replace(scenario, ignore_memory=True)).tokens_per_s_per_gpu
 
 
@@ -133,14 +134,14 @@ _UNBALANCED = "power_law:1.01"
 
 def _decode_rate(
     parameters: Parameters, gpu: str, ep: int, workload: Workload, slots: int | None, routing, overlap: str
-) -> float:
+) -> Number:
     placement = "contiguous" if slots is None or routing.busiest is None else "balanced"
     layout = Layout(ep, ep, overlap=overlap, transport="ragged", slots=slots, placement=placement)
     stack = published.decode_stack(parameters)
     return _rate(Scenario(DEEPSEEK_V3, published.cluster(gpu), layout, workload, routing, stack))
 
 
-def _sglang_decode(parameters: Parameters, workload: Workload, balancer: bool = True, overlap: str = "staggered") -> float:
+def _sglang_decode(parameters: Parameters, workload: Workload, balancer: bool = True, overlap: str = "staggered") -> Number:
     routing = _routing("balanced", parameters.busiest) if balancer else _routing(_UNBALANCED)
     return 8 * _decode_rate(parameters, "h100", 72, workload, _REDUNDANT_SLOTS // 72, routing, overlap)
 
@@ -149,28 +150,28 @@ _DECODE_256 = Workload("decode", 2000, sequences_per_gpu=256)
 _DECODE_MTP = Workload("decode", 4000, sequences_per_gpu=128, verified=2, accepted=_MTP_ACCEPTED)
 
 
-def _tbo_ratio(parameters: Parameters) -> float:
+def _tbo_ratio(parameters: Parameters) -> Number:
     return _sglang_decode(parameters, _DECODE_256) / _sglang_decode(parameters, _DECODE_256, overlap="none")
 
 
-def _eplb_ratio(parameters: Parameters) -> float:
+def _eplb_ratio(parameters: Parameters) -> Number:
     return _sglang_decode(parameters, _DECODE_256) / _sglang_decode(parameters, _DECODE_256, balancer=False)
 
 
-def _profile_decode(parameters: Parameters) -> float:
+def _profile_decode(parameters: Parameters) -> Number:
     workload = Workload("decode", 4096, sequences_per_gpu=128)
     return 8 * _decode_rate(parameters, "h800", 128, workload, None, _routing("balanced"), "staggered")
 
 
-def _vllm(parameters: Parameters) -> float:
+def _vllm(parameters: Parameters) -> Number:
     routing = _routing("balanced", parameters.busiest)
     return _decode_rate(parameters, "h200", 32, _DECODE_256, _REDUNDANT_SLOTS // 32, routing, "staggered")
 
 
 def _training(
-    gpu: str, layout: Layout, micro_batches: int, tokens: float, fp8: bool, domain: int = 8
-) -> typing.Callable[[Parameters], float]:
-    def tokens_per_s_per_gpu(parameters: Parameters) -> float:
+    gpu: str, layout: Layout, micro_batches: int, tokens: Number, fp8: bool, domain: int = 8
+) -> typing.Callable[[Parameters], Number]:
+    def tokens_per_s_per_gpu(parameters: Parameters) -> Number:
         stack = published.training_stack(parameters, fp8)
         workload = Workload("train", 4096, tokens_per_gpu=tokens, micro_batches=micro_batches)
         fabric = published.cluster(gpu, domain)

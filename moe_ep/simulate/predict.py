@@ -7,6 +7,7 @@ from moe_ep.config import forward_flops_per_token
 from moe_ep.cost.kernels import peak_flops
 from moe_ep.cost.memory import MemoryPlan, bytes_per_gpu, total
 from moe_ep.cost.routing import buffer_rows
+from moe_ep.cost.units import Number
 from moe_ep.simulate.layer import layer_load
 from moe_ep.simulate.scenario import DoesNotFit, Scenario, check
 from moe_ep.simulate.step import StageWork, compute_seconds, network_seconds, stage_work, step_seconds
@@ -23,20 +24,20 @@ class Prediction:
     """
 
     feasible: bool
-    missing_bytes: float
-    step_s: float
-    tokens_per_s: float
-    tokens_per_s_per_gpu: float
-    ms_per_token: float
-    time_to_first_token_s: float
-    mfu: float
-    nic_utilisation: float
-    nvlink_utilisation: float
-    memory_bandwidth_utilisation: float
-    bytes_per_gpu: dict[str, float]
-    exposed_communication_share: float
-    hidden_communication_share: float
-    max_over_mean_load: float
+    missing_bytes: Number
+    step_s: Number
+    tokens_per_s: Number
+    tokens_per_s_per_gpu: Number
+    ms_per_token: Number
+    time_to_first_token_s: Number
+    mfu: Number
+    nic_utilisation: Number
+    nvlink_utilisation: Number
+    memory_bandwidth_utilisation: Number
+    bytes_per_gpu: dict[str, Number]
+    exposed_communication_share: Number
+    hidden_communication_share: Number
+    max_over_mean_load: Number
     bottleneck: str
     memory_ignored: bool
 
@@ -57,7 +58,7 @@ def predict(scenario: Scenario) -> Prediction:
     return _assemble(scenario, stage, parts, missing)
 
 
-def _refusal(scenario: Scenario, parts: dict[str, float], missing: float) -> str:
+def _refusal(scenario: Scenario, parts: dict[str, Number], missing: Number) -> str:
     gpu, layout = scenario.fabric.gpu, scenario.layout
     listed = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts.items() if value >= 5e7)
     return (
@@ -67,7 +68,7 @@ def _refusal(scenario: Scenario, parts: dict[str, float], missing: float) -> str
     )
 
 
-def _assemble(scenario: Scenario, stage: StageWork, parts: dict[str, float], missing: float) -> Prediction:
+def _assemble(scenario: Scenario, stage: StageWork, parts: dict[str, Number], missing: Number) -> Prediction:
     layout, workload, fabric = scenario.layout, scenario.workload, scenario.fabric
     chunks = layout.chunks if layout.overlap == "chunks" else 1
     seconds = step_seconds(scenario, stage)
@@ -101,20 +102,20 @@ def _assemble(scenario: Scenario, stage: StageWork, parts: dict[str, float], mis
     )
 
 
-def _flop_context(scenario: Scenario) -> float:
+def _flop_context(scenario: Scenario) -> Number:
     """`forward_flops_per_token` averages a causal triangle; a decoded token meets its whole cache."""
     context = scenario.workload.context
     return 2 * context if scenario.workload.phase == "decode" else context
 
 
-def _ms_per_token(scenario: Scenario, seconds: float) -> float:
+def _ms_per_token(scenario: Scenario, seconds: Number) -> Number:
     layout, workload = scenario.layout, scenario.workload
     if workload.phase == "decode":
         return 1e3 * seconds * layout.pp / workload.accepted
     return 1e3 * seconds / workload.tokens_kept
 
 
-def _bytes_sent(stage: StageWork, chunks: int, micro_batches: int) -> tuple[float, float]:
+def _bytes_sent(stage: StageWork, chunks: int, micro_batches: int) -> tuple[Number, Number]:
     """Returns mean bytes of a GPU over its NIC and over NVLink in a step."""
     times = chunks * stage.batches * micro_batches
     blocks = stage.forward + stage.backward
@@ -123,7 +124,7 @@ def _bytes_sent(stage: StageWork, chunks: int, micro_batches: int) -> tuple[floa
     return nic * times, nvlink * times
 
 
-def _weights_read(scenario: Scenario, parts: dict[str, float], stage: StageWork) -> float:
+def _weights_read(scenario: Scenario, parts: dict[str, Number], stage: StageWork) -> Number:
     """Weights once for each batch and pass, the cache once: what a step cannot do without."""
     if scenario.workload.phase == "train":
         return parts["weights"] / 2 * 3 * scenario.workload.micro_batches
@@ -131,7 +132,7 @@ def _weights_read(scenario: Scenario, parts: dict[str, float], stage: StageWork)
     return parts["weights"] * stage.batches * chunks + parts["kv_cache"]
 
 
-def _bottleneck(scenario: Scenario, compute_s: float, network_s: float, exposed: float) -> str:
+def _bottleneck(scenario: Scenario, compute_s: Number, network_s: Number, exposed: Number) -> str:
     if exposed > 0.5 * (compute_s + exposed):
         link = "NIC" if scenario.layout.ep > scenario.fabric.gpus_per_node else "NVLink"
         return f"network ({link}): fewer bytes a token, faster links or more overlap would lift it"
@@ -142,7 +143,7 @@ def _bottleneck(scenario: Scenario, compute_s: float, network_s: float, exposed:
     return "compute: faster kernels would lift it"
 
 
-def memory_of(scenario: Scenario) -> dict[str, float]:
+def memory_of(scenario: Scenario) -> dict[str, Number]:
     """Returns bytes of one GPU by part."""
     layout, workload, model = scenario.layout, scenario.workload, scenario.model
     precision, training = scenario.stack.precision, workload.phase == "train"

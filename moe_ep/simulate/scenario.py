@@ -7,6 +7,7 @@ from moe_ep.config import ConfigError, ModelConfig
 from moe_ep.cost import network
 from moe_ep.cost.kernels import AssumedKernels, KernelTable, load_table
 from moe_ep.cost.routing import Routing
+from moe_ep.cost.units import Number
 from moe_ep.cost.work import BF16, Precision
 
 OVERLAPS = ("none", "chunks", "staggered", "forward_backward")
@@ -18,7 +19,7 @@ PHASES = ("prefill", "decode", "train")
 class DoesNotFit(ConfigError):
     """A layout whose memory exceeds the GPU's; `missing_bytes` says by how much."""
 
-    def __init__(self, message: str, missing_bytes: float) -> None:
+    def __init__(self, message: str, missing_bytes: Number) -> None:
         super().__init__(message)
         self.missing_bytes = missing_bytes
 
@@ -38,9 +39,9 @@ class Stack:
     kernels: KernelTable | AssumedKernels
     network: network.NetworkParameters
     precision: Precision = BF16
-    step_factor: float = 1.0
-    expert_launch_s: float = 0.0
-    overlap_compute_share: float = 1.0
+    step_factor: Number = 1.0
+    expert_launch_s: Number = 0.0
+    overlap_compute_share: Number = 1.0
 
 
 @functools.lru_cache(maxsize=None)
@@ -74,7 +75,7 @@ class Layout:
     overlap: str = "none"
     chunks: int = 1
     transport: str = "all_to_all"
-    margin_sigmas: float = 5.0
+    margin_sigmas: Number = 5.0
     slots: int | None = None
     placement: str = "contiguous"
     split_attention_weights: bool = False
@@ -105,19 +106,19 @@ class Workload:
 
     phase: str
     context: int
-    tokens_per_gpu: float = 0.0
-    sequences_per_gpu: float = 0.0
+    tokens_per_gpu: Number = 0.0
+    sequences_per_gpu: Number = 0.0
     verified: int = 1
-    accepted: float = 1.0
+    accepted: Number = 1.0
     micro_batches: int = 1
 
     @property
-    def tokens(self) -> float:
+    def tokens(self) -> Number:
         """Tokens that one GPU computes in a micro-batch."""
         return self.sequences_per_gpu * self.verified if self.phase == "decode" else self.tokens_per_gpu
 
     @property
-    def tokens_kept(self) -> float:
+    def tokens_kept(self) -> Number:
         """Tokens that a step of one GPU advances by."""
         if self.phase == "decode":
             return self.sequences_per_gpu * self.accepted

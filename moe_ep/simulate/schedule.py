@@ -31,6 +31,7 @@ from moe_ep.config import ConfigError
 from moe_ep.cost import network
 from moe_ep.cost.kernels import AssumedKernels, KernelTable, Work
 from moe_ep.cost.network import Fabric, NetworkParameters
+from moe_ep.cost.units import Number
 
 FORMAT = "moe_ep.schedule/1"
 
@@ -39,12 +40,12 @@ FORMAT = "moe_ep.schedule/1"
 class Walk:
     """Clocks and totals in seconds; `exposed` is what compute waited for the network, by scope."""
 
-    compute_free: float = 0.0
-    network_free: float = 0.0
-    compute: float = 0.0
-    network: dict[str, float] = dataclasses.field(default_factory=dict)
-    exposed: dict[str, float] = dataclasses.field(default_factory=dict)
-    ends: dict[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
+    compute_free: Number = 0.0
+    network_free: Number = 0.0
+    compute: Number = 0.0
+    network: dict[str, Number] = dataclasses.field(default_factory=dict)
+    exposed: dict[str, Number] = dataclasses.field(default_factory=dict)
+    ends: dict[str, tuple[Number, str]] = dataclasses.field(default_factory=dict)
 
     def scaled_onto(self, body: "Walk", times: int) -> None:
         """Adds `times` executions of a body that was walked once from a standstill."""
@@ -121,7 +122,7 @@ def _walk_computation(schedule, name: str, fabric: Fabric, kernels, parameters: 
     return state
 
 
-def _collective(state: Walk, instruction: dict, seconds: float) -> None:
+def _collective(state: Walk, instruction: dict, seconds: Number) -> None:
     scope = instruction.get("scope", "")
     begin = max(state.network_free, state.compute_free)
     state.network_free = begin + seconds
@@ -131,7 +132,7 @@ def _collective(state: Walk, instruction: dict, seconds: float) -> None:
         _wait(state, state.network_free, scope)
 
 
-def _wait(state: Walk, end: float, scope: str) -> None:
+def _wait(state: Walk, end: Number, scope: str) -> None:
     waited = max(end - state.compute_free, 0.0)
     state.exposed[scope] = state.exposed.get(scope, 0.0) + waited
     state.compute_free += waited
@@ -152,7 +153,7 @@ def _work(instruction: dict) -> Work:
     return Work("memory", "bf16", 0.0, touched, (max(touched, 1.0),))
 
 
-def collective_seconds(instruction: dict, fabric: Fabric, parameters: NetworkParameters) -> float:
+def collective_seconds(instruction: dict, fabric: Fabric, parameters: NetworkParameters) -> Number:
     """Returns the time of one collective of a schedule."""
     op, moved = instruction["op"], float(instruction["bytes"])
     group, stride = int(instruction["group_size"]), int(instruction.get("group_stride", 1))
@@ -168,8 +169,8 @@ def collective_seconds(instruction: dict, fabric: Fabric, parameters: NetworkPar
 
 
 def _even_all_to_all(
-    moved: float, group: int, stride: int, fabric: Fabric, parameters: NetworkParameters
-) -> float:
+    moved: Number, group: int, stride: int, fabric: Fabric, parameters: NetworkParameters
+) -> Number:
     """Every member sends an equal part to every member; groups side by side keep all GPUs busy."""
     members = max(fabric.gpus_per_node // stride, 1)
     narrow = dataclasses.replace(

@@ -5,6 +5,7 @@ import dataclasses
 from moe_ep.config import parameters_by_part
 from moe_ep.cost import network, work
 from moe_ep.cost.kernels import memory_pass
+from moe_ep.cost.units import Number
 from moe_ep.simulate.layer import Block, attention_seconds, make_block, with_backward
 from moe_ep.simulate.scenario import Scenario
 
@@ -24,10 +25,10 @@ class StageWork:
 
     forward: list[Block]
     backward: list[Block]
-    dense_s: float
-    dense_backward_s: float
-    update_s: float
-    send_s: float
+    dense_s: Number
+    dense_backward_s: Number
+    update_s: Number
+    send_s: Number
     batches: int
 
 
@@ -68,7 +69,7 @@ def stage_layers(scenario: Scenario) -> int:
     return model.moe_layers if stages == 1 else min(-(-model.layers // stages), model.moe_layers)
 
 
-def _dense_seconds(scenario: Scenario, tokens: float, backward: bool) -> float:
+def _dense_seconds(scenario: Scenario, tokens: Number, backward: bool) -> Number:
     """Dense layers and the head; the slowest of several stages has none of them."""
     model, workload = scenario.model, scenario.workload
     if scenario.layout.pp > 1:
@@ -80,7 +81,7 @@ def _dense_seconds(scenario: Scenario, tokens: float, backward: bool) -> float:
     return model.dense_layers * dense + head
 
 
-def _update_seconds(scenario: Scenario) -> float:
+def _update_seconds(scenario: Scenario) -> Number:
     """Gradients summed over the replicas of each part, and Adam's pass over what a GPU holds."""
     model, layout, fabric, parameters = scenario.model, scenario.layout, scenario.fabric, scenario.stack.network
     parts = parameters_by_part(model)
@@ -92,36 +93,36 @@ def _update_seconds(scenario: Scenario) -> float:
     return seconds + scenario.stack.kernels.seconds(memory_pass((experts + rest) * 4 * 7), fabric.gpu)
 
 
-def _send_seconds(scenario: Scenario) -> float:
+def _send_seconds(scenario: Scenario) -> Number:
     if scenario.layout.pp == 1:
         return 0.0
     sent = scenario.workload.tokens * scenario.model.width * 2
     return network.send_seconds(sent, scenario.fabric, scenario.stack.network)
 
 
-def forward_seconds(stage: StageWork, overlap: str, chunks: int) -> float:
+def forward_seconds(stage: StageWork, overlap: str, chunks: int) -> Number:
     """Returns the time of the forward pass of a stage's micro-batch (both of them, with two batches)."""
     return stage.dense_s + _pass_seconds(stage.forward, overlap, chunks)
 
 
-def backward_seconds(stage: StageWork, overlap: str, chunks: int) -> float:
+def backward_seconds(stage: StageWork, overlap: str, chunks: int) -> Number:
     """Returns the time of the backward pass of a stage's micro-batch."""
     return stage.dense_backward_s + _pass_seconds(stage.backward, overlap, chunks)
 
 
-def _pass_seconds(blocks: list[Block], overlap: str, chunks: int) -> float:
+def _pass_seconds(blocks: list[Block], overlap: str, chunks: int) -> Number:
     return _PASS[overlap](blocks, chunks)
 
 
-def _serial(blocks: list[Block], chunks: int) -> float:
+def _serial(blocks: list[Block], chunks: int) -> Number:
     return sum(b.attention + b.gather + b.dispatch + b.slowest_experts + b.combine for b in blocks)
 
 
-def _chunked(blocks: list[Block], chunks: int) -> float:
+def _chunked(blocks: list[Block], chunks: int) -> Number:
     return sum(b.attention + b.gather + chunked_seconds(b, chunks) for b in blocks)
 
 
-def chunked_seconds(block: Block, chunks: int) -> float:
+def chunked_seconds(block: Block, chunks: int) -> Number:
     """Returns dispatch, experts and combine in chunks; the network serves dispatch i + 1 before combine i."""
     network_free = compute_free = 0.0
     arrived = []
@@ -135,7 +136,7 @@ def chunked_seconds(block: Block, chunks: int) -> float:
     return network_free
 
 
-def _staggered(blocks: list[Block], chunks: int) -> float:
+def _staggered(blocks: list[Block], chunks: int) -> Number:
     """Two batches, half a layer apart: four pairs of compute and network a layer, each joined at its end."""
     if not blocks:
         return 0.0
@@ -153,7 +154,7 @@ def _staggered(blocks: list[Block], chunks: int) -> float:
 _PASS = {"none": _serial, "chunks": _chunked, "staggered": _staggered, "forward_backward": _serial}
 
 
-def paired_seconds(stage: StageWork) -> float:
+def paired_seconds(stage: StageWork) -> Number:
     """Returns one forward and one backward pass that cover each other: per layer the busier of compute and network."""
     seconds = stage.dense_s + stage.dense_backward_s
     for ahead, back in zip(stage.forward, stage.backward):
@@ -162,20 +163,20 @@ def paired_seconds(stage: StageWork) -> float:
     return seconds
 
 
-def compute_seconds(stage: StageWork, chunks: int) -> float:
+def compute_seconds(stage: StageWork, chunks: int) -> Number:
     """Returns the compute of a stage's micro-batch on its slowest GPU, were nothing to wait for."""
     blocks = stage.forward + stage.backward
     layers = sum(block.attention + chunks * block.slowest_experts for block in blocks)
     return stage.dense_s + stage.dense_backward_s + stage.batches * layers
 
 
-def network_seconds(stage: StageWork, chunks: int) -> float:
+def network_seconds(stage: StageWork, chunks: int) -> Number:
     """Returns the collectives of a stage's micro-batch, were nothing to wait for."""
     blocks = stage.forward + stage.backward
     return sum(stage.batches * chunks * (block.dispatch + block.combine) + block.gather for block in blocks)
 
 
-def step_seconds(scenario: Scenario, stage: StageWork) -> float:
+def step_seconds(scenario: Scenario, stage: StageWork) -> Number:
     """Returns the step: one forward pass, or all micro-batches of a training step with its update.
 
     Of a pipeline that serves it is the period at which a stage takes the next micro-batch.

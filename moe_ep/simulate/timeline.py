@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 
+from moe_ep.cost.units import Number
 from moe_ep.simulate.layer import Block
 from moe_ep.simulate.step import StageWork
 
@@ -22,7 +23,7 @@ class Task:
 
     name: str
     stream: str
-    seconds: float | np.ndarray
+    seconds: Number | np.ndarray
     after: tuple[int, ...] = ()
 
     @property
@@ -39,7 +40,7 @@ class Timeline:
     end: np.ndarray
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> Number:
         return float(self.end.max(initial=0.0))
 
     def busy(self, stream: str) -> np.ndarray:
@@ -47,7 +48,7 @@ class Timeline:
         chosen = [index for index, task in enumerate(self.tasks) if task.stream == stream]
         return (self.end[chosen] - self.start[chosen]).sum(axis=0)
 
-    def hidden_share(self) -> float:
+    def hidden_share(self) -> Number:
         """Returns the share of the network's time that compute covers, of the slowest rank."""
         network = self.busy(NETWORK)
         compute = self.busy(COMPUTE)
@@ -80,7 +81,7 @@ class _Program:
     def __init__(self) -> None:
         self.tasks: list[Task] = []
 
-    def add(self, name: str, stream: str, seconds: float | np.ndarray, *after: int | None) -> int:
+    def add(self, name: str, stream: str, seconds: Number | np.ndarray, *after: int | None) -> int:
         known = tuple(index for index in after if index is not None)
         self.tasks.append(Task(name, stream, seconds, known))
         return len(self.tasks) - 1
@@ -91,7 +92,7 @@ def forward_timeline(stage: StageWork, overlap: str, chunks: int) -> Timeline:
     return pass_timeline(stage.forward, stage.dense_s, overlap, chunks)
 
 
-def pass_timeline(blocks: list[Block], dense_s: float, overlap: str, chunks: int) -> Timeline:
+def pass_timeline(blocks: list[Block], dense_s: Number, overlap: str, chunks: int) -> Timeline:
     """Returns the timeline of one pass over the blocks after the dense layers."""
     program = _Program()
     last = program.add("dense layers and head", COMPUTE, dense_s)
@@ -154,7 +155,7 @@ _BUILD = {
 }
 
 
-def pipeline_seconds(forward_s: float, backward_s: float, send_s: float, stages: int, micro_batches: int) -> float:
+def pipeline_seconds(forward_s: Number, backward_s: Number, send_s: Number, stages: int, micro_batches: int) -> Number:
     """Returns the time of a 1F1B pipeline, event by event; each stage warms up, alternates, drains.
 
     Args:
@@ -189,8 +190,8 @@ def _one_f_one_b(stage: int, stages: int, micro_batches: int) -> list[tuple[str,
 
 
 def _ready(
-    kind: str, stage: int, batch: int, stages: int, forward_end: np.ndarray, backward_end: np.ndarray, send_s: float
-) -> float:
+    kind: str, stage: int, batch: int, stages: int, forward_end: np.ndarray, backward_end: np.ndarray, send_s: Number
+) -> Number:
     if kind == "F":
         return 0.0 if stage == 0 else forward_end[stage - 1, batch] + send_s
     if stage == stages - 1:

@@ -9,6 +9,7 @@ import pathlib
 import typing
 
 from moe_ep.config import ConfigError, require
+from moe_ep.cost.units import Number
 from moe_ep.simulate import calibration
 from moe_ep.simulate.points import POINTS, Point, find
 from moe_ep.simulate.published import Parameters
@@ -19,7 +20,7 @@ COLUMNS = ("id", "predicted", "unit", "error_bar", "split", "measured", "residua
 
 
 @functools.lru_cache(maxsize=None)
-def fitted() -> tuple[Parameters, dict[str, float]]:
+def fitted() -> tuple[Parameters, dict[str, Number]]:
     """Returns the fitted parameters and the error bar of each family of points."""
     document = json.loads(FITTED.read_text())
     return Parameters(**document["parameters"]), document["error_bars"]
@@ -36,7 +37,7 @@ def fit_to_file(path: pathlib.Path = FITTED) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def left_out_residuals() -> dict[str, float]:
+def left_out_residuals() -> dict[str, Number]:
     """Returns, for each calibration row, its relative error when the parameters are fitted without it.
 
     A row that alone sets a factor is predicted with the mean factor of the other systems:
@@ -57,7 +58,7 @@ def left_out_residuals() -> dict[str, float]:
 _FACTORS = ("train_factor", "prefill_factor", "decode_factor")
 
 
-def error_bars() -> dict[str, float]:
+def error_bars() -> dict[str, Number]:
     """Returns the root mean square of the left-out residuals of each family."""
     residuals = left_out_residuals()
     bars = {}
@@ -78,7 +79,7 @@ def predict_point(point_id: str) -> dict[str, typing.Any]:
     return _row(point, None)
 
 
-def _row(point: Point, measured: float | None) -> dict[str, typing.Any]:
+def _row(point: Point, measured: Number | None) -> dict[str, typing.Any]:
     parameters, bars = fitted()
     predicted = point.predict(parameters)
     measured = point.value if point.value is not None else measured
@@ -120,7 +121,7 @@ def predict_all(values_path: str = "") -> dict[str, typing.Any]:
     }
 
 
-def _read_values(path: str) -> dict[str, float]:
+def _read_values(path: str) -> dict[str, Number]:
     try:
         with open(path, newline="") as file:
             return {row["id"]: float(row["value"]) for row in csv.DictReader(file) if row["value"]}
@@ -130,9 +131,9 @@ def _read_values(path: str) -> dict[str, float]:
         ) from error
 
 
-def _mean_errors(rows: list[dict]) -> dict[str, float]:
+def _mean_errors(rows: list[dict]) -> dict[str, Number]:
     """Mean absolute relative error by split and family, where values are known."""
-    groups: dict[str, list[float]] = {}
+    groups: dict[str, list[Number]] = {}
     for row in rows:
         if row["residual"] is not None:
             groups.setdefault(f"{row['split']} {row['family']}", []).append(abs(row["residual"]))
@@ -177,5 +178,5 @@ def markdown(result: dict[str, typing.Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _or_blank(value: float | None, form: str) -> str:
+def _or_blank(value: Number | None, form: str) -> str:
     return "" if value is None else form.format(value)
