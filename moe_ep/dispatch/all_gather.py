@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int32
 
-from moe_ep.dispatch.exchange import DispatchCounts, Exchange, row_tile
+from moe_ep.dispatch.exchange import DispatchCounts, Exchange, crossed, row_tile
 from moe_ep.dispatch.permute import take_rows, weighted_sum_rows
 from moe_ep.dispatch.plan import compact, slices_of_queue, slot_in_slices, sort_by_expert, within_slice
 from moe_ep.kernels.grouped_matmul import RowGroups
@@ -107,13 +107,13 @@ def bring_back(
     if exchange.peers == 1:
         return partial
     with jax.named_scope("combine"):
-        return jax.lax.psum_scatter(partial, EXPERT, scatter_dimension=0, tiled=True)
+        return crossed(jax.lax.psum_scatter(partial, EXPERT, scatter_dimension=0, tiled=True))
 
 
 def _gather(values: Array, exchange: Exchange) -> Array:
     if exchange.peers == 1:
         return values
-    return jax.lax.all_gather(values, EXPERT, axis=0, tiled=True)
+    return crossed(jax.lax.all_gather(values, EXPERT, axis=0, tiled=True))
 
 
 def _first_expert(exchange: Exchange) -> Int32[Array, ""]:

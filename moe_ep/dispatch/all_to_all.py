@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
 
-from moe_ep.dispatch.exchange import DispatchCounts, Exchange, row_tile
+from moe_ep.dispatch.exchange import DispatchCounts, Exchange, crossed, row_tile
 from moe_ep.dispatch.permute import take_rows, weighted_sum_rows
 from moe_ep.dispatch.plan import Compaction, compact, slices_of_queue, slot_in_slices, sort_by_expert, within_slice
 from moe_ep.kernels.grouped_matmul import RowGroups
@@ -128,7 +128,7 @@ def bring_back(
 def _exchange(buffer: Float[Array, "P C D"], exchange: Exchange) -> Float[Array, "P C D"]:
     if exchange.peers == 1:
         return buffer
-    return jax.lax.all_to_all(buffer, EXPERT, split_axis=0, concat_axis=0)
+    return crossed(jax.lax.all_to_all(buffer, EXPERT, split_axis=0, concat_axis=0))
 
 
 def _encode(counts: Int32[Array, "P e"], width: int, dtype: jnp.dtype) -> Float[Array, "P h D"]:

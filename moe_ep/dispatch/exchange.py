@@ -4,6 +4,9 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
 from moe_ep.config import DispatchConfig
 from moe_ep.shapes import Count
 
@@ -69,6 +72,15 @@ def make_exchange(dispatch: DispatchConfig, *, experts: int, peers: int, tokens:
         chunks=dispatch.chunks if dispatch.overlap == "chunks" else 1,
         margin_sigmas=dispatch.margin_sigmas,
     )
+
+
+# What arrived by a collective, under the name by which a backward pass may keep it.
+CROSSED = "crossed_the_network"
+
+
+def crossed(values: Array) -> Array:
+    """Names what a collective delivered, so that a backward pass that computes a layer again need not send again."""
+    return checkpoint_name(values, CROSSED)
 
 
 def row_tile(rows: int, groups: int) -> int:
