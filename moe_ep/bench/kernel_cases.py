@@ -95,10 +95,10 @@ def cases(sizes: Sizes, seed: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "half_valid_buffer", functools.partial(_half_valid_buffer, sizes, seed)
 
 
-def copy_contender(sizes: Sizes) -> tuple[Contender, float]:
-    """Returns a copy through device memory and the bytes it reads and writes."""
+def copies(sizes: Sizes) -> tuple[dict[str, Contender], float]:
+    """Returns copies through device memory, as XLA and torch make them, and the bytes that one reads and writes."""
     values = jax.random.normal(jax.random.key(0), (sizes.copy_values,), jnp.bfloat16)
-    return jax_contender(jnp.negative, values), 2.0 * values.nbytes
+    return {"xla": jax_contender(jnp.negative, values), **torch_rivals.copy(values)}, 2.0 * values.nbytes
 
 
 def jax_contender(function: Callable, *args) -> Contender:

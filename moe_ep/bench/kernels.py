@@ -9,52 +9,43 @@ drawn anew and into outputs poisoned with NaN, then takes times in turns.
 """
 
 import json
-import os
-import secrets
+import pathlib
 import sys
 
 from absl import app, flags
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from moe_ep.bench import kernel_cases, report
+from moe_ep.bench import command, kernel_cases, report
+from moe_ep.bench.correctness import poisoned_call, relative_error
 from moe_ep.bench.kernel_cases import Case, Goal
-from moe_ep.bench.timing import Contender, Times, measure_in_turns
+from moe_ep.bench.timing import Times, measure_in_turns
 
 SIZES = {"full": kernel_cases.FULL, "tiny": kernel_cases.TINY}
 LARGEST_ERROR = 2e-2  # bfloat16 products are within 1e-2 of float32 ones
 
 _ROWS = flags.DEFINE_list("rows", [], "Rows to measure, by the beginnings of their names; all by default.")
-_SIZES = flags.DEFINE_enum("sizes", "full", list(SIZES), "The experiment's sizes, or ones for any machine.")
-_SAMPLES = flags.DEFINE_integer("samples", 15, "Samples of each contender, taken in turns.", lower_bound=2)
-_SAMPLE_SECONDS = flags.DEFINE_float("sample_seconds", 0.03, "What a sample lasts about.", lower_bound=0.0)
-_SEED = flags.DEFINE_integer("seed", None, "Of the random data; by default another one every time, and recorded.")
-_COMMIT = flags.DEFINE_string("commit", None, "What is recorded as the commit; asked of git by default.")
-_OUT = flags.DEFINE_string("out", "results", "The folder of the result files.")
 _JSON = flags.DEFINE_string("json", None, "Write the result to this file too; - is standard output.")
 
 
-def run(sizes: str, rows: list[str], samples: int, sample_seconds: float, seed: int, commit: str | None = None) -> dict:
-    """Measures the rows and returns the result as it is recorded."""
-    kind = "measured" if sizes == "full" else "tiny sizes, no measurement:"
-    result = {"kind": kind, **report.provenance(" ".join(["python -m moe_ep.bench.kernels", *sys.argv[1:]]), commit)}
-    copy, copy_bytes = kernel_cases.copy_contender(SIZES[sizes])
-    times = measure_in_turns({"copy": copy}, samples, sample_seconds)["copy"]
-    bandwidth = copy_bytes / times.median
-    del copy
-    result |= {"seed": seed, "copy_bytes_per_s": bandwidth, "copy_spread": times.spread, "rows": []}
+def run(sizes: str, rows: list[str], seed: int, samples: int, sample_seconds: float) -> dict:
+    """Measures the copy bandwidth and the rows whose names begin with one of `rows`, all if there is none."""
+    copies, copy_bytes = kernel_cases.copies(SIZES[sizes])
+    times = measure_in_turns(copies, samples, sample_seconds)
+    del copies
+    bandwidths = {name: copy_bytes / value.median for name, value in times.items()}
+    bandwidth = max(bandwidths.values())
     chosen = [
-        (row, build) for row, build in kernel_cases.cases(SIZES[sizes], seed)
+        (row, build)
+        for row, build in kernel_cases.cases(SIZES[sizes], seed)
         if not rows or row.startswith(tuple(rows))
-    ]  # fmt: skip
+    ]
+    records = []
     for number, (row, build) in enumerate(chosen, 1):
-        record = measure(build(), samples, sample_seconds, bandwidth)
+        records.append(measure(build(), samples, sample_seconds, bandwidth))
         if sizes != "full":
-            record["met"] = None
-        result["rows"].append(record)
-        print(f"[{number}/{len(chosen)}] {row}: {_verdict(record)}", file=sys.stderr, flush=True)
-    return result
+            records[-1]["met"] = None
+        print(f"[{number}/{len(chosen)}] {row}: {_verdict(records[-1])}", file=sys.stderr, flush=True)
+    return {"copy_bytes_per_s": bandwidths, "rows": records}
 
 
 def measure(case: Case, samples: int, sample_seconds: float, bandwidth: float) -> dict:
@@ -78,37 +69,6 @@ def measure(case: Case, samples: int, sample_seconds: float, bandwidth: float) -
         "goal": case.goal._asdict(), "achieved": achieved, "met": is_met(case.goal, achieved),
         "contenders": contenders, "unavailable": unavailable,
     }  # fmt: skip
-
-
-def poisoned_call(contender: Contender):
-    """Returns the output of a call whose memory held NaN before: what is not written shows."""
-    out = contender.wait(contender.launch())
-    poison = jax.tree.map(_poison, out)
-    jax.block_until_ready(poison)
-    del out, poison  # The allocator gives the same memory to the next arrays of these sizes.
-    return jax.tree.map(_as_jax, contender.wait(contender.launch()))
-
-
-def _poison(leaf):
-    return jnp.full_like(leaf, jnp.nan) if isinstance(leaf, jax.Array) else leaf.fill_(float("nan"))
-
-
-def _as_jax(leaf):
-    return leaf if isinstance(leaf, jax.Array) else jnp.from_dlpack(leaf.detach())
-
-
-def relative_error(out, expected) -> float:
-    """Returns ||out - expected|| / ||expected||, of several arrays the largest; NaN is infinity."""
-    pairs = zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True)
-    error = max(float(_relative_error(*pair)) for pair in pairs)
-    return error if np.isfinite(error) else float("inf")
-
-
-@jax.jit
-def _relative_error(out, expected):
-    expected = expected.astype(jnp.float32)
-    difference = out.astype(jnp.float32) - expected
-    return jnp.sqrt(jnp.sum(difference**2) / jnp.sum(expected**2))
 
 
 def achievement(goal: Goal, byte_count: float, times: dict[str, Times], bandwidth: float) -> float | None:
@@ -156,10 +116,11 @@ def _goal_text(goal) -> str:
 
 def as_markdown(result: dict) -> str:
     """Returns the table of a result."""
+    copies = ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in result["copy_bytes_per_s"].items())
     lines = [
         report.heading("Kernels against their rivals", result),
-        f"Copy (read + write): {result['copy_bytes_per_s'] / 1e9:.0f} GB/s. Times are medians in ms with the spread of "
-        "the quartiles; TF is 1e12 FLOP/s; error is ||out - float32 reference|| / ||reference||.\n\n",
+        f"Copy (read + write), of which the faster is the goals' copy bandwidth: {copies}. Times are medians in ms with "
+        "the spread of the quartiles; TF is 1e12 FLOP/s; error is ||out - float32 reference|| / ||reference||.\n\n",
         "| row | ours | rivals | goal | achieved | met |\n|---|---|---|---|---|---|\n",
     ]
     for record in result["rows"]:
@@ -180,21 +141,14 @@ def _cell(times) -> str:
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Only flags are taken")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU
-    if _SIZES.value == "full" and jax.default_backend() != "gpu":
-        print(f"--sizes=full: needs a GPU, this is {jax.default_backend()}; --sizes=tiny runs anywhere", file=sys.stderr)
-        return 2
-    seed = secrets.randbelow(2**31) if _SEED.value is None else _SEED.value
-    result = run(_SIZES.value, _ROWS.value, _SAMPLES.value, _SAMPLE_SECONDS.value, seed, _COMMIT.value)
-    for path in report.write(_OUT.value, report.file_stem("kernels"), result, as_markdown(result)):
+    result = command.start(argv, "moe_ep.bench.kernels")
+    result |= run(command.SIZES.value, _ROWS.value, result["seed"], command.SAMPLES.value, command.SAMPLE_SECONDS.value)
+    for path in report.write(command.OUT.value, report.file_stem("kernels"), result, as_markdown(result)):
         print(f"wrote {path}", file=sys.stderr)
     if _JSON.value == "-":
         print(json.dumps(result, indent=1))
     elif _JSON.value:
-        with open(_JSON.value, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
+        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

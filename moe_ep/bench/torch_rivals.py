@@ -61,6 +61,15 @@ def _none_without_torch(rivals):
 
 
 @_none_without_torch
+def copy(values) -> dict[str, Contender]:
+    """A copy through device memory."""
+    import torch
+
+    target = torch.empty_like(shared(values))
+    return _contenders({"torch": target.copy_}, values)
+
+
+@_none_without_torch
 def gemm_gelu(x, w) -> dict[str, Contender]:
     """Rivals of gelu(x @ w); cuBLASLt applies it in the product's epilogue, as with a bias of zeros."""
     import torch

@@ -82,7 +82,7 @@ def test_pages_in_any_order_are_the_contiguous_cache():
 # What the kernel is tried on: more steps than slots in one piece; pages and pieces,
 # of which some are empty, partial, or hold one row.
 INTERPRETED = {
-    "one_piece": ((200, 64 * 4), mosaic.Tiling(pieces=1, piece_steps=4), {"cached": 256}),
+    "one_piece": ((200,), mosaic.Tiling(pieces=1, piece_steps=4, cluster=2), {"cached": 256, "heads": 128}),
     "pieces_of_pages": (
         (70, 0, 1, 128),
         mosaic.Tiling(pieces=2, piece_steps=1),
@@ -98,7 +98,7 @@ def interpret(monkeypatch, lengths, tiling, shape):
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     operands, options = random_call(
-        lengths, heads=64, latent=128, rope=16, past_length=np.nan, **{"dtype": jnp.bfloat16, **shape}
+        lengths, latent=128, rope=16, past_length=np.nan, **{"heads": 64, "dtype": jnp.bfloat16, **shape}
     )
     monkeypatch.setattr(mosaic, "choose_tiling", lambda *_: tiling)
     params = plgpu.InterpretGPUParams(detect_races=True)
@@ -158,7 +158,7 @@ def test_the_kernel_compiles_for_an_absent_h100():
 
 
 def test_choose_tiling_cuts_only_where_multiprocessors_would_idle():
-    assert mosaic.choose_tiling(64, 128, 64, 132) == mosaic.Tiling(pieces=1, piece_steps=64)
+    assert mosaic.choose_tiling(64, 128, 64, 132) == mosaic.Tiling(pieces=1, piece_steps=64, cluster=2)
     long_and_lonely = mosaic.choose_tiling(1, 128, 64, 132)
     assert long_and_lonely.pieces > 30 and long_and_lonely.pieces * long_and_lonely.piece_steps >= 64
 

@@ -42,7 +42,8 @@ def scratch_types(half: int, rope: int, dtype) -> dict:
         "queries_full": plgpu.Barrier(num_arrivals=3),
         "rope_full": plgpu.Barrier(num_barriers=SLOTS),
         "latent_full": plgpu.Barrier(num_barriers=SLOTS * 2),
-        "latent_free": plgpu.Barrier(num_barriers=SLOTS * 2),
+        "latent_free": plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=SLOTS * 2),
+        "factor_full": plgpu.Barrier(),
         "weights_full": plgpu.Barrier(),
         "weights_free": plgpu.Barrier(num_arrivals=2),
     }
@@ -62,7 +63,8 @@ def decode_block(
     """The kernel's body, run by every warpgroup; refs as `mosaic.decode_pieces` names them."""
     piece = lax.axis_index("piece")
     sequence = lax.axis_index("sequence")
-    heads = pl.ds(lax.axis_index("head_tile") * HEADS, HEADS)
+    head_tile = lax.axis_index("head_tiles") * lax.axis_size("cluster") + lax.axis_index("cluster")
+    heads = pl.ds(head_tile * HEADS, HEADS)
     warpgroup = lax.axis_index("warpgroup")
     half = scratch["latent_smem"].shape[-1]
     first_step = piece * piece_steps
@@ -110,16 +112,18 @@ def _load_step(cache, step, *, latent_smem, rope_smem, rope_full, latent_full, l
             plgpu.barrier_wait(latent_free.at[2 * slot + side])
         if side == 0:  # Both outputs follow the scores, so a free half frees the rotary key.
             keys = cache.at[:, pl.ds(2 * half, rope)]
-            plgpu.copy_gmem_to_smem(keys, rope_smem.at[slot], rope_full.at[slot])
+            plgpu.copy_gmem_to_smem(keys, rope_smem.at[slot], rope_full.at[slot], collective_axes="cluster")
         columns = cache.at[:, pl.ds(side * half, half)]
-        plgpu.copy_gmem_to_smem(columns, latent_smem.at[slot, side], latent_full.at[2 * slot + side])
+        full = latent_full.at[2 * slot + side]
+        plgpu.copy_gmem_to_smem(columns, latent_smem.at[slot, side], full, collective_axes="cluster")
 
 
 def _make_weights(
     log2_weight, rows, steps, scale,
-    *, weights_smem, row_smem, queries_full, weights_full, weights_free, **scratch,
+    *, weights_smem, row_smem, queries_full, factor_full, weights_full, weights_free, **scratch,
 ):  # fmt: skip
     """Softmax without its division; factors for what was summed before go along."""
+    log2_scale = scale * LOG2_E
     plgpu.barrier_wait(queries_full)
     column = plgpu.broadcasted_iota(jnp.int32, (HEADS, ROWS), 1, layout=plgpu.Layout.WGMMA)
 
@@ -128,18 +132,18 @@ def _make_weights(
 
     def step_weights(step, carry):
         maximum, total = carry
-        scores = _scores(step, **scratch) * (scale * LOG2_E)
-        scores = jnp.where(column < rows - step * ROWS, scores, -jnp.inf)
-        new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+        scores = jnp.where(column < rows - step * ROWS, _scores(step, **scratch), -jnp.inf)
+        new_maximum = jnp.maximum(maximum, scores.max(axis=1) * log2_scale)
         factor = jnp.exp2(maximum - new_maximum)
-        weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
 
         @pl.when(step > 0)
         def _():
             plgpu.barrier_wait(weights_free)
 
-        weights_smem[...] = weights.astype(weights_smem.dtype)
         row_smem[FACTOR] = factor
+        plgpu.barrier_arrive(factor_full)  # The outputs are scaled while the weights are made.
+        weights = jnp.exp2(scores * log2_scale - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
+        weights_smem[...] = weights.astype(weights_smem.dtype)
         plgpu.barrier_arrive(weights_full)
         return new_maximum, total * factor + weights.sum(axis=1)
 
@@ -150,7 +154,7 @@ def _make_weights(
         plgpu.barrier_wait(weights_free)
 
     row_smem[FACTOR] = jnp.where(total > 0, 1 / total, 0.0)
-    plgpu.barrier_arrive(weights_full)
+    plgpu.barrier_arrive(factor_full)
     row_smem[LOG2_WEIGHT] = maximum + jnp.log(total) * LOG2_E
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(row_smem.at[LOG2_WEIGHT], log2_weight)
@@ -174,32 +178,32 @@ def _scores(step, *, q_latent_smem, q_rope_smem, latent_smem, rope_smem, rope_fu
 
 def _make_output(
     output, side, rows, steps, accumulate,
-    *, latent_smem, weights_smem, row_smem, latent_full, latent_free, weights_full, weights_free, **_,
+    *, latent_smem, weights_smem, row_smem, latent_full, latent_free, factor_full, weights_full, weights_free, **_,
 ):  # fmt: skip
     half = latent_smem.shape[-1]
     width = math.gcd(half, MAX_ACCUMULATOR_COLUMNS)
     starts = range(0, half, width)
 
-    def take_weights():
-        """Waits for a step's weights, copies them to registers and frees their place."""
-        plgpu.barrier_wait(weights_full)
-        weights = plgpu.layout_cast(weights_smem[...], plgpu.Layout.WGMMA)
+    def times_factor(parts):
+        plgpu.barrier_wait(factor_full)
         factor = plgpu.layout_cast(row_smem[FACTOR], ROW_LAYOUT)
-        plgpu.barrier_arrive(weights_free)
-        return weights, lax.broadcast_in_dim(factor, (HEADS, width), [0])
+        factor = lax.broadcast_in_dim(factor, (HEADS, width), [0])
+        return [part * factor for part in parts]
 
     def add_step(step, parts):
         slot = lax.rem(step, jnp.int32(SLOTS))
-        plgpu.barrier_wait(latent_full.at[2 * slot + side])
-        weights, factor = take_weights()
         latent = latent_smem.at[slot, side]
+        parts = times_factor(parts)
+        plgpu.barrier_wait(latent_full.at[2 * slot + side])
+        plgpu.barrier_wait(weights_full)
+        weights = plgpu.layout_cast(weights_smem[...], plgpu.Layout.WGMMA)
+        plgpu.barrier_arrive(weights_free)
 
         @pl.when(rows - step * ROWS < ROWS)
         def _():
             _clear_rows(latent, rows - step * ROWS)
 
-        columns = [latent.at[:, pl.ds(start, width)] for start in starts]
-        parts = accumulate([part * factor for part in parts], weights, columns)
+        parts = accumulate(parts, weights, [latent.at[:, pl.ds(start, width)] for start in starts])
 
         @pl.when(step + SLOTS < steps)  # The last slots are not filled again.
         def _():
@@ -209,10 +213,7 @@ def _make_output(
 
     zeros = plgpu.layout_cast(jnp.zeros((HEADS, width), jnp.float32), plgpu.Layout.WGMMA)
     parts = lax.fori_loop(0, steps, add_step, [zeros for _ in starts])
-    plgpu.barrier_wait(weights_full)
-    factor = plgpu.layout_cast(row_smem[FACTOR], ROW_LAYOUT)
-    for part, start in zip(parts, starts):
-        part = part * lax.broadcast_in_dim(factor, part.shape, [0])
+    for part, start in zip(times_factor(parts), starts):
         output[:, pl.ds(start, width)] = part.astype(output.dtype)
 
 

@@ -24,10 +24,14 @@ PIECE_OVERHEAD_STEPS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How one call is cut: `pieces` of `piece_steps` steps of ROWS cache rows."""
+    """How one call is cut: `pieces` of `piece_steps` steps of ROWS cache rows.
+
+    cluster: neighbouring tiles of heads that load their sequence's rows together.
+    """
 
     pieces: int
     piece_steps: int
+    cluster: int = 1
 
 
 def mla_decode(q_latent, q_rope, cache, lengths, pages, scale, interpret=None):
@@ -95,7 +99,8 @@ def choose_tiling(sequences: int, heads: int, steps: int, multiprocessors: int) 
 
     pieces = min(range(1, min(steps, multiprocessors) + 1), key=cost)
     piece_steps = -(-steps // pieces)
-    return Tiling(pieces=-(-steps // piece_steps), piece_steps=piece_steps)
+    cluster = 2 if heads % (2 * HEADS) == 0 else 1
+    return Tiling(pieces=-(-steps // piece_steps), piece_steps=piece_steps, cluster=cluster)
 
 
 def decode_pieces(q_latent, q_rope, cache_rows, first_rows, lengths, *, scale, tiling, interpret=None):
@@ -130,8 +135,10 @@ def decode_pieces(q_latent, q_rope, cache_rows, first_rows, lengths, *, scale, t
             jax.ShapeDtypeStruct((tiling.pieces, sequences, heads), jnp.float32),
         ),
         scratch_types=block.scratch_types(latent // 2, q_rope.shape[2], dtype),
-        grid=(tiling.pieces, sequences, heads // HEADS),
-        grid_names=("piece", "sequence", "head_tile"),
+        grid=(tiling.pieces, sequences, heads // HEADS // tiling.cluster),
+        grid_names=("piece", "sequence", "head_tiles"),
+        cluster=(tiling.cluster,),
+        cluster_names=("cluster",),
         num_threads=block.WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(

@@ -1,0 +1,32 @@
+"""What the measuring commands share: their flags, their checks, and how they start."""
+
+import os
+import secrets
+import sys
+
+from absl import app, flags
+import jax
+
+from moe_ep.bench import report
+
+SIZES = flags.DEFINE_enum("sizes", "full", ["full", "tiny"], "The experiment's sizes, or ones for any machine.")
+SAMPLES = flags.DEFINE_integer("samples", 15, "Samples of each contender, taken in turns.", lower_bound=2)
+SAMPLE_SECONDS = flags.DEFINE_float("sample_seconds", 0.05, "What a sample lasts about.", lower_bound=0.0)
+SEED = flags.DEFINE_integer("seed", None, "Of the random data; by default another one every time, and recorded.")
+COMMIT = flags.DEFINE_string("commit", None, "What is recorded as the commit; asked of git by default.")
+OUT = flags.DEFINE_string("out", "results", "The folder of the result files.")
+
+
+def start(argv: list[str], module: str) -> dict:
+    """Checks the command line and returns what a result opens with; a full-size run without a GPU ends with code 2."""
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]!r}? Only flags are taken")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU
+    if SIZES.value == "full" and jax.default_backend() != "gpu":
+        print(f"--sizes=full: needs a GPU, this is {jax.default_backend()}; --sizes=tiny runs anywhere", file=sys.stderr)
+        sys.exit(2)
+    return {
+        "kind": "measured" if SIZES.value == "full" else "tiny sizes, no measurement:",
+        **report.provenance(" ".join([f"python -m {module}", *sys.argv[1:]]), COMMIT.value),
+        "seed": secrets.randbelow(2**31) if SEED.value is None else SEED.value,
+    }
