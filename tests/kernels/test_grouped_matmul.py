@@ -248,6 +248,7 @@ WRONG = {
     "missing gate": (dict(activation="silu_gated"), "needs w_gate"),
     "implementation": (dict(implementation="fast"), "'fast', not one of reference, dense, tiled"),
     "dense with groups": (dict(implementation="dense"), "one group, not 4"),
+    "type for mosaic": (dict(implementation="mosaic"), "'mosaic' was given rows of type float32, not bfloat16"),
 }
 
 

@@ -36,8 +36,8 @@ def grouped_matmul(
     """
     check_groups(x, groups)
     check_matmul(x, w, activation)
-    name = implementation or choice.choose(x.shape[0], w.shape)
-    choice.check_takes(name, x.dtype, w.shape)
+    name = implementation or choice.choose(x, groups, w.shape)
+    choice.check_takes(name, x, groups, w.shape)
     if name == "reference":
         return reference.grouped_matmul(x, w, groups, activation)
     x, w, groups = (varying.match(value, x, w, groups) for value in (x, w, groups))
@@ -65,8 +65,8 @@ def expert_mlp(
     """
     check_groups(rows, groups)
     check_mlp(rows, weights, activation)
-    name = implementation or choice.choose(rows.shape[0], weights.w_in.shape)
-    choice.check_takes(name, rows.dtype, weights.w_in.shape)
+    name = implementation or choice.choose(rows, groups, weights.w_in.shape)
+    choice.check_takes(name, rows, groups, weights.w_in.shape)
     first = (weights.w_in,) if weights.w_gate is None else (weights.w_gate, weights.w_in)
     if name == "reference":
         return reference.expert_mlp(rows, first, weights.w_out, groups, activation)

@@ -1,0 +1,212 @@
+"""What the Hopper kernels share: the ring of stages between producer and consumers, and the tiled epilogue.
+
+A kernel runs on warpgroups: consumers multiply (wgmma) and store, and the last
+warpgroup only issues TMA loads. They meet at two barriers per stage of the ring,
+"full" and "empty". The producer runs ahead into the next tile while the consumers
+are in their epilogue.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUP = "warpgroup"
+MULTIPROCESSOR = "multiprocessor"
+DEPTH = 64  # of the contraction per stage: one 128-byte swizzle of 2-byte values
+CHUNK = 64  # rows and columns of one epilogue store
+STORE_SLOTS = 2
+_SHARED_BYTES = 232448 - 1024  # of a Hopper CTA, less what barriers take
+_NO_INDEX = ((),) if jax.__version_info__ < (0, 11) else ()  # jax 0.10 insists on an index to load
+_PRODUCER_REGISTERS = 40
+_CONSUMER_REGISTERS = 232  # two consumers and a producer: (2 x 232 + 40) x 128 <= 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a kernel cuts its output: a CTA computes 64 * consumers rows by `columns`.
+
+    stages: of the ring, each DEPTH deep in the contraction.
+    raster_width: output tiles taken side by side before the next row of tiles, for L2.
+    ctas_per_multiprocessor: resident at once; above 1 for memory-bound products.
+    """
+
+    consumers: int = 2
+    columns: int = 256
+    stages: int = 4
+    raster_width: int = 8
+    ctas_per_multiprocessor: int = 1
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.consumers
+
+
+def fitted(tiling: Tiling, tile: int, columns: int, accumulators: int) -> Tiling:
+    """Returns the tiling cut down to what divides `tile` rows and `columns` columns and fits in shared memory."""
+    consumers = 2 if tiling.consumers == 2 and tile % 128 == 0 else 1
+    width = tiling.columns
+    while columns % (width // accumulators):
+        width -= CHUNK * accumulators
+    stage_bytes = 2 * DEPTH * (64 * consumers + width)
+    slots_bytes = 2 * consumers * STORE_SLOTS * CHUNK * CHUNK
+    stages = min(tiling.stages, (_SHARED_BYTES - slots_bytes) // stage_bytes)
+    return dataclasses.replace(tiling, consumers=consumers, columns=width, stages=stages)
+
+
+def swizzled(shape: tuple[int, ...], dtype):
+    """Returns shared memory of this shape in the 128-byte swizzle that TMA writes and wgmma reads."""
+    elements = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(128)))
+
+
+def ring_barriers(stages: int, copies: int, consumers: int) -> dict:
+    """Returns the barriers of a ring whose stage is filled by `copies` TMA loads."""
+    return {
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+    }
+
+
+def store_slots(tiling: Tiling, dtype):
+    """Returns the shared memory through which each consumer stores its output chunks."""
+    return swizzled((tiling.consumers, STORE_SLOTS, CHUNK, CHUNK), dtype)
+
+
+def split_roles(tiling: Tiling, produce: Callable, consume: Callable):
+    """Runs `produce()` on the last warpgroup and `consume(warpgroup)` on the others."""
+    warpgroup = lax.axis_index(WARPGROUP)
+
+    def producer():
+        if tiling.consumers == 2:
+            plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        produce()
+
+    def consumer():
+        if tiling.consumers == 2:
+            plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+        consume(warpgroup)
+
+    lax.cond(warpgroup == tiling.consumers, producer, consumer)
+
+
+def fill_ring(load: Callable, steps, first_step, full, empty, stages: int):
+    """Issues `load(step_of_tile, slot, barrier)` for the steps of one tile; returns the ring's next step."""
+
+    def fill(index, step):
+        slot = lax.rem(step, jnp.int32(stages))
+
+        @pl.when(step >= stages)
+        def _():
+            plgpu.barrier_wait(empty.at[slot])
+
+        load(index, slot, full.at[slot])
+        return step + 1
+
+    return lax.fori_loop(0, steps, fill, first_step)
+
+
+def drain_ring(multiply: Callable, products: int, steps, first_step, full, empty, stages: int):
+    """Issues `multiply(slot)`, `products` wgmma each, for the steps of one tile; returns the ring's next step.
+
+    A stage is handed back one step late, so that the tensor cores always have the
+    next product queued.
+    """
+
+    def drain(index, step):
+        slot = lax.rem(step, jnp.int32(stages))
+        plgpu.barrier_wait(full.at[slot])
+        multiply(slot)
+        plgpu.wgmma_wait(products)
+
+        @pl.when(index > 0)
+        def _():
+            plgpu.barrier_arrive(empty.at[lax.rem(step - 1, jnp.int32(stages))])
+
+        return step + 1
+
+    next_step = lax.fori_loop(0, steps, drain, first_step)
+    plgpu.wgmma_wait(0)
+
+    @pl.when(steps > 0)
+    def _():
+        plgpu.barrier_arrive(empty.at[lax.rem(next_step - 1, jnp.int32(stages))])
+
+    return next_step
+
+
+def await_empty(next_step, empty, stages: int):
+    """Waits until the consumers have handed back every stage the producer filled."""
+
+    def wait(step, _):
+        plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+
+    lax.fori_loop(lax.max(next_step - stages, jnp.int32(0)), next_step, wait, None)
+
+
+def for_own_tiles(tiles, body: Callable):
+    """Calls `body(tile, step) -> step` for each of this CTA's tiles; returns the ring's next step."""
+    ctas = jnp.int32(lax.axis_size(MULTIPROCESSOR))
+    own = lax.axis_index(MULTIPROCESSOR)
+    count = lax.div(tiles - own + ctas - 1, ctas)
+    return lax.fori_loop(0, count, lambda index, step: body(own + index * ctas, step), jnp.int32(0))
+
+
+def store_chunks(
+    accumulators: Sequence[jax.Array],
+    outputs: Sequence,
+    sides: Sequence,
+    epilogue: Callable,
+    slots,
+):
+    """Stores `epilogue(accumulator chunks, side chunks)` to the outputs, one chunk after another.
+
+    Args:
+      accumulators: float32 [64, columns] values of this consumer.
+      outputs: device-memory references [64, columns] to store to.
+      sides: device-memory references [64, columns] the epilogue reads.
+      epilogue: chunks -> one float32 chunk per output.
+      slots: this consumer's shared memory [STORE_SLOTS, CHUNK, CHUNK].
+    """
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    stored = 0
+    for first_column in range(0, accumulators[0].shape[1], CHUNK):
+        columns = slice(first_column, first_column + CHUNK)
+        read = [_load_chunk(side.at[:, columns]) for side in sides]
+        chunks = epilogue(tuple(value[:, columns] for value in accumulators), tuple(read))
+        for output, chunk in zip(outputs, chunks, strict=True):
+            _store_chunk(chunk, output.at[:, columns], slots.at[stored % STORE_SLOTS])
+            stored += 1
+
+
+def _load_chunk(side):
+    # Straight into the registers of the accumulator's layout: all shared memory is in the ring.
+    return plgpu.load(side, *_NO_INDEX, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+
+
+def _store_chunk(chunk, output, slot):
+    plgpu.wait_smem_to_gmem(STORE_SLOTS - 1, wait_read_only=True)
+    slot[...] = chunk.astype(output.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(slot, output)
+
+
+def launch(body: Callable, name: str, out_types, scratch: dict, tiling: Tiling, ctas: int):
+    """Returns the kernel of this body on `ctas` CTAs."""
+    return plgpu.kernel(
+        body,
+        out_type=out_types,
+        scratch_types=scratch,
+        grid=(ctas,),
+        grid_names=(MULTIPROCESSOR,),
+        num_threads=tiling.consumers + 1,
+        thread_name=WARPGROUP,
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )

@@ -1,0 +1,137 @@
+"""Rows times the weights of their group on Hopper: forward and input gradient, the activation fused.
+
+One kernel body serves both. An output tile is the sum over passes of x[pass] @ w[pass],
+for one or two accumulators (gated: gate and up side by side on the same rows); its
+epilogue works on the float32 accumulators and may read further [R, N] arrays.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_ep.kernels import device
+from moe_ep.kernels.grouped_matmul import mosaic_parts as parts
+from moe_ep.kernels.grouped_matmul import varying
+from moe_ep.kernels.grouped_matmul.groups import RowGroups
+from moe_ep.kernels.grouped_matmul.mosaic_parts import DEPTH, Tiling
+
+
+@dataclasses.dataclass(frozen=True)
+class RowProduct:
+    """What one kernel computes: passes x accumulators products, an epilogue, its outputs.
+
+    transposed: the weights are [G, N, K] and multiplied by their transpose.
+    epilogue: (accumulator chunks, side chunks) -> output chunks, float32.
+    outputs: how many [R, N] arrays the epilogue gives.
+    """
+
+    name: str
+    passes: int
+    accumulators: int
+    sides: int
+    outputs: int
+    transposed: bool
+    epilogue: Callable
+
+    @property
+    def inputs(self) -> int:
+        """How many products the activation of this step takes."""
+        return max(self.passes, self.accumulators, self.sides)
+
+
+def row_product(
+    product: RowProduct, xs: tuple, ws: tuple, sides: tuple, groups: RowGroups, tiling: Tiling
+) -> tuple[jax.Array, ...]:
+    """Runs the kernel: xs [R, K] one per pass, ws [G, K, N] one per pass and accumulator, sides [R, N]."""
+    rows, depth = xs[0].shape
+    columns = ws[0].shape[1 if product.transposed else 2]
+    body = functools.partial(_body, product, tiling, depth, columns)
+    out_types = [jax.ShapeDtypeStruct((rows, columns), xs[0].dtype)] * product.outputs
+    tiles = (rows // tiling.rows) * (columns * product.accumulators // tiling.columns)
+    ctas = min(tiles, device.multiprocessors() * tiling.ctas_per_multiprocessor)
+    kernel = parts.launch(body, product.name, out_types, _scratch(product, tiling, xs[0].dtype), tiling, ctas)
+    # A kernel's outputs do not say over which mesh axes they vary: as its operands do.
+    return varying.match(tuple(kernel(groups.tile_group, groups.valid_tiles[None], *xs, *ws, *sides)), xs, ws)
+
+
+def _scratch(product, tiling, dtype):
+    width = tiling.columns // product.accumulators
+    weight_tile = (width, DEPTH) if product.transposed else (DEPTH, width)
+    return {
+        "x_ring": parts.swizzled((tiling.stages, tiling.rows, DEPTH), dtype),
+        "w_rings": [parts.swizzled((tiling.stages, *weight_tile), dtype) for _ in range(product.accumulators)],
+        "slots": parts.store_slots(tiling, dtype),
+        **parts.ring_barriers(tiling.stages, 1 + product.accumulators, tiling.consumers),
+    }
+
+
+def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, x_ring, w_rings, slots, full, empty):
+    tile_group, valid_tiles, *refs = refs
+    xs, refs = refs[: product.passes], refs[product.passes :]
+    ws, refs = refs[: product.passes * product.accumulators], refs[product.passes * product.accumulators :]
+    sides, outputs = refs[: product.sides], refs[product.sides :]
+    width = tiling.columns // product.accumulators
+    steps_per_pass = depth // DEPTH
+    steps = steps_per_pass * product.passes
+    rows_per_layout_tile = xs[0].shape[0] // tile_group.shape[0]
+    row_tiles_per_layout_tile = rows_per_layout_tile // tiling.rows
+    row_tiles = valid_tiles[0] * row_tiles_per_layout_tile
+    column_tiles = columns // width
+
+    def position(tile):
+        row_tile, column_tile = plgpu.planar_snake(tile, (row_tiles, column_tiles), 1, tiling.raster_width)
+        return row_tile, pl.ds(column_tile * width, width)
+
+    def load_pass(index, group, row_slice, column_slice, step, slot, barrier):
+        contraction = pl.ds(step * DEPTH, DEPTH)
+        plgpu.copy_gmem_to_smem(xs[index].at[row_slice, contraction], x_ring.at[slot], barrier)
+        for accumulator, ring in enumerate(w_rings):
+            w = ws[index * product.accumulators + accumulator].at[group]
+            block = w.at[column_slice, contraction] if product.transposed else w.at[contraction, column_slice]
+            plgpu.copy_gmem_to_smem(block, ring.at[slot], barrier)
+
+    def produce():
+        def load_tile(tile, step):
+            row_tile, column_slice = position(tile)
+            group = tile_group[lax.div(row_tile, jnp.int32(row_tiles_per_layout_tile))]
+            row_slice = pl.ds(row_tile * tiling.rows, tiling.rows)
+            for index in range(product.passes):
+                load = functools.partial(load_pass, index, group, row_slice, column_slice)
+                step = parts.fill_ring(load, steps_per_pass, step, full, empty, tiling.stages)
+            return step
+
+        next_step = parts.for_own_tiles(row_tiles * column_tiles, load_tile)
+        parts.await_empty(next_step, empty, tiling.stages)
+
+    def consume(warpgroup):
+        own_rows = pl.ds(warpgroup * 64, 64)
+
+        def multiply(accumulators, slot):
+            for accumulator, ring in zip(accumulators, w_rings, strict=True):
+                w = ring.at[slot].transpose((1, 0)) if product.transposed else ring.at[slot]
+                plgpu.wgmma(accumulator, x_ring.at[slot, own_rows], w)
+
+        def compute_tile(tile, step):
+            row_tile, column_slice = position(tile)
+            row_slice = pl.ds(row_tile * tiling.rows + warpgroup * 64, 64)
+
+            def accumulate(*accumulators):
+                run = functools.partial(multiply, accumulators)
+                parts.drain_ring(run, product.accumulators, steps, step, full, empty, tiling.stages)
+                values = [accumulator[...] for accumulator in accumulators]
+                blocks = [[ref.at[row_slice, column_slice] for ref in refs] for refs in (outputs, sides)]
+                parts.store_chunks(values, *blocks, product.epilogue, slots.at[warpgroup])
+
+            pl.run_scoped(accumulate, *[plgpu.ACC((64, width), jnp.float32)] * product.accumulators)
+            return step + steps
+
+        parts.for_own_tiles(row_tiles * column_tiles, compute_tile)
+        plgpu.wait_smem_to_gmem(0)
+
+    parts.split_roles(tiling, produce, consume)

@@ -1,0 +1,82 @@
+"""What was measured fastest, by GPU: the table that the choice of an implementation reads.
+
+`table.json` maps a GPU's model ("h200") to entries of one measured step each (`python -m
+moe_ep.bench.tune` writes them). A step of another size takes the nearest entry.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import re
+
+from moe_ep.kernels.grouped_matmul.mosaic_parts import Tiling
+
+PATH = pathlib.Path(__file__).with_name("table.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One step's sizes: rows [R, depth] by weights [G, depth, columns], `inputs` products by an activation."""
+
+    step: str
+    groups: int
+    rows: int
+    depth: int
+    columns: int
+    inputs: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The fastest implementation of a problem, its tiling where it has one, and the medians in ms by name."""
+
+    problem: Problem
+    implementation: str
+    tiling: Tiling | None
+    milliseconds: dict[str, float]
+
+
+def nearest(device_kind: str, problem: Problem) -> Entry | None:
+    """Returns the entry of this GPU, step and number of inputs whose sizes are nearest, in octaves; None without any."""
+    measured = read(PATH).get(gpu_model(device_kind), ())
+    entries = [entry for entry in measured if _comparable(entry.problem, problem)]
+    return min(entries, key=lambda entry: _octaves_between(entry.problem, problem), default=None)
+
+
+def gpu_model(device_kind: str) -> str | None:
+    """Returns "h200" for "NVIDIA H200", for an absent device's "h200" and the like; None for no GPU."""
+    found = re.search(r"(?<![a-z])[a-z]{1,2}\d{2,3}(?!\d)", device_kind.lower())
+    return found and found.group()
+
+
+@functools.cache
+def read(path: pathlib.Path) -> dict[str, tuple[Entry, ...]]:
+    """Returns the entries by GPU."""
+    gpus = json.loads(path.read_text())
+    return {gpu: tuple(_entry(record) for record in part["entries"]) for gpu, part in gpus.items()}
+
+
+def write(path: pathlib.Path, device_kind: str, provenance: dict, entries: list[Entry]):
+    """Replaces one GPU's part of the table, with where and when it was measured."""
+    gpus = json.loads(path.read_text()) if path.exists() else {}
+    gpus[gpu_model(device_kind)] = {"measured": provenance, "entries": [dataclasses.asdict(entry) for entry in entries]}
+    path.write_text(json.dumps(gpus, indent=1, sort_keys=True) + "\n")
+    read.cache_clear()
+
+
+def _entry(record):
+    tiling = record["tiling"] and Tiling(**record["tiling"])
+    return Entry(Problem(**record["problem"]), record["implementation"], tiling, record["milliseconds"])
+
+
+def _comparable(entry: Problem, problem: Problem) -> bool:
+    # One group is another kind of problem than several: it has XLA's dense product as a rival.
+    same_kind = (entry.groups == 1) == (problem.groups == 1)
+    return same_kind and (entry.step, entry.inputs) == (problem.step, problem.inputs)
+
+
+def _octaves_between(entry: Problem, problem: Problem) -> float:
+    sizes = ("groups", "rows", "depth", "columns")
+    return sum(abs(math.log2(getattr(entry, size) / getattr(problem, size))) for size in sizes)
