@@ -180,6 +180,8 @@ class AotConfig:
     program: Literal["prefill", "decode", "train"] = "prefill"
     tokens_per_gpu: int = 2048
     context: int = 1024
+    search: bool = False  # also the largest batch and the longest context that fit
+    compare: bool = False  # also every transport and overlap beside this one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +191,10 @@ class SimulateConfig:
     point: str = ""  # the id of a published measurement, or "all"
     published_values: str = ""  # a CSV with columns id and value that predictions are compared with
     schedule: str = ""  # a schedule that --mode=aot wrote: walk it instead
-    sweep: Literal["none", "strong", "weak", "batch", "context", "skew", "nics", "break_even", "search"] = "none"
+    sweep: Literal[
+        "none", "strong", "weak", "batch", "context", "skew", "nics", "memory", "break_even", "search"
+    ] = "none"
+    results: str = "results"  # where the tables of all points and of the claims are written
     phase: Literal["prefill", "decode", "train"] = "prefill"
     tokens_per_gpu: int | None = 2048  # of a micro-batch; none: the most that fits
     sequences_per_gpu: int | None = 8  # in decode; none: the most that fits
@@ -222,6 +227,29 @@ class Config:
     aot: AotConfig = AotConfig()
     simulate: SimulateConfig = SimulateConfig()
     seed: int = 0
+
+
+def cpu8_tiny() -> Config:
+    """Returns the run of someone who names none: 8 experts, real text, minutes on two CPU cores."""
+    attention = AttentionConfig(heads=4, nope_dim=24, rope_dim=8, value_dim=32, latent_dim=64)
+    model = ModelConfig(
+        layers=4,
+        dense_layers=1,
+        width=128,
+        hidden=256,
+        vocabulary=320,  # 256 bytes and the end of a text, padded to a multiple of 64
+        dtype="float32",  # CPUs have no fast BF16
+        remat="none",
+        attention=attention,
+        moe=MoEConfig(num_experts=8, top_k=2, hidden=256),
+    )
+    return Config(
+        model=model,
+        balance=BalanceConfig(rate=0.05),
+        train=TrainConfig(
+            steps=200, batch_sequences=16, sequence=128, optimizer=OptimizerConfig(learning_rate=3e-3)
+        ),
+    )
 
 
 def require(condition: bool, flag: str, value: object, allowed: str) -> None:

@@ -6,69 +6,67 @@ import math
 import pathlib
 import typing
 
-from moe_ep.config import Config, ConfigError
+from moe_ep.config import Config
 from moe_ep.simulate import validation
-from moe_ep.simulate.from_config import scenario_of
+from moe_ep.simulate.from_config import ASSUMED, fabric_of, scenario_of
 from moe_ep.simulate.predict import Prediction, predict
-from moe_ep.simulate.scenario import DoesNotFit, Scenario
+from moe_ep.simulate.scenario import Scenario, own_stack
 
-RESULTS = pathlib.Path("results")
+def simulate(config: Config, workdir: str | pathlib.Path | None = None) -> dict[str, typing.Any]:
+    """Predicts what `config.simulate` asks for, prints it as a table and returns it.
 
-
-def simulate(config: Config, workdir: str | None = None) -> dict[str, typing.Any]:
-    """Predicts what `config.simulate` asks for.
-
-    A point of the published measurements, all of them, a schedule of the compiler's, a
-    sweep, or the config's own layout. With a work directory, tables, pictures and traces
-    are written there; all points are written to results/ where none is given.
+    One of, in this order: a point of the published measurements, or all of them (written
+    to `config.simulate.results`); a schedule of the compiler's; a sweep; the config's own
+    layout. With a work directory, JSON, Markdown, pictures and a Chrome trace go there.
 
     Raises:
       ConfigError: a wrong value or combination; a layout that does not fit (DoesNotFit).
     """
     asked = config.simulate
     folder = pathlib.Path(workdir) if workdir else None
-    if asked.point == "all":
-        result = validation.predict_all(asked.published_values)
-        validation.write(result, folder or RESULTS)
-        return result
     if asked.point:
-        return validation.predict_point(asked.point)
-    if asked.schedule:
-        return _walk(config, folder)
-    if asked.sweep != "none":
-        from moe_ep.simulate.sweep import run_sweep  # matplotlib and progress bars only where they are used
+        result = _points(config)
+    elif asked.schedule:
+        result = _walk(config)
+    elif asked.sweep != "none":
+        from moe_ep.simulate.sweep import run_sweep  # progress bars and matplotlib only where they are used
 
-        return run_sweep(config, folder)
-    return _one(config, folder)
+        result = run_sweep(config, folder)
+    else:
+        result = _one(config, folder)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "simulate.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / "simulate.md").write_text(table(result) + "\n")
+    print(table(result))
+    return result
+
+
+def _points(config: Config) -> dict[str, typing.Any]:
+    if config.simulate.point != "all":
+        return validation.predict_point(config.simulate.point)
+    result = validation.predict_all(config.simulate.published_values)
+    validation.write(result, pathlib.Path(config.simulate.results))
+    return result
 
 
 def _one(config: Config, folder: pathlib.Path | None) -> dict[str, typing.Any]:
     scenario = scenario_of(config)
     result = as_json(scenario, predict(scenario))
     if folder:
-        from moe_ep.simulate import pictures, trace
+        from moe_ep.simulate import trace
 
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "simulate.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / "simulate.md").write_text(table(result) + "\n")
         trace.write(scenario, folder / "trace.json")
-        pictures.memory_bar({"this layout": result["bytes_per_gpu"]}, scenario.fabric.gpu.memory_bytes,
-                            folder / "memory.png")  # fmt: skip
     return result
 
 
-def _walk(config: Config, folder: pathlib.Path | None) -> dict[str, typing.Any]:
+def _walk(config: Config) -> dict[str, typing.Any]:
     from moe_ep.simulate import schedule
-    from moe_ep.simulate.from_config import ASSUMED, fabric_of
-    from moe_ep.simulate.scenario import own_stack
 
     stack = ASSUMED if config.simulate.efficiency == "assumed" else own_stack()
     document = schedule.load(config.simulate.schedule)
-    result = schedule.walk(document, fabric_of(config.cluster), stack.kernels, stack.network)
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "schedule_walk.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return schedule.walk(document, fabric_of(config.cluster), stack.kernels, stack.network)
 
 
 def as_json(scenario: Scenario, prediction: Prediction) -> dict[str, typing.Any]:
@@ -97,17 +95,17 @@ def _finite(value: typing.Any) -> typing.Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def infeasible(error: DoesNotFit) -> dict[str, typing.Any]:
-    """Returns the row that a sweep shows for a layout that does not fit."""
-    return {"feasible": False, "missing_bytes": error.missing_bytes}
+def claims(config: Config, workdir: str | pathlib.Path | None = None) -> dict[str, typing.Any]:
+    """Recomputes the reference experiment's claims and prints them; writes claims.json and claims.md.
 
-
-def claims(config: Config, workdir: str | None = None) -> dict[str, typing.Any]:
-    """Recomputes the reference experiment's claims; writes claims.json and claims.md (to results/ by default)."""
+    The model is the reference experiment's, whatever the config's is; the cluster is the
+    config's, in both readings of its NICs. Tables go to `config.simulate.results`.
+    """
     from moe_ep.simulate import claims as ledger
 
-    result = ledger.recompute(config)
-    ledger.write(result, pathlib.Path(workdir) if workdir else RESULTS)
+    result = ledger.recompute(Config(cluster=config.cluster))
+    ledger.write(result, pathlib.Path(config.simulate.results))
+    print(table(result))
     return result
 
 
@@ -133,5 +131,3 @@ def table(result: dict[str, typing.Any]) -> str:
         lines.append(f"{name:30s} {value}")
     return "\n".join(lines)
 
-
-__all__ = ["ConfigError", "as_json", "claims", "infeasible", "simulate", "table"]

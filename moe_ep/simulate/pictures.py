@@ -89,23 +89,27 @@ def _panel(panel: plt.Axes, chosen: list[dict], rows: list[dict]):
 
 
 def memory_bar(layouts: dict[str, dict[str, Number]], limit_bytes: Number, path: pathlib.Path) -> None:
-    """Draws bytes of one GPU by part, a bar for each layout, against the GPU's memory."""
-    figure, panel = plt.subplots(figsize=(9, 1.4 + 0.55 * len(layouts)))
+    """Draws bytes of one GPU by part, a bar for each layout, against the GPU's memory; longer bars are cut and labelled."""
+    figure, panel = plt.subplots(figsize=(9, 1.6 + 0.4 * len(layouts)))
+    limit = limit_bytes / 1e9
     parts = [part for part in next(iter(layouts.values())) if part != "total"]
+    totals = np.array([sum(layout[part] for part in parts) / 1e9 for layout in layouts.values()])
+    edge = 1.12 * max(min(float(totals.max()), 2.5 * limit), limit)
     left = np.zeros(len(layouts))
     for colour, part in zip(_COLOURS, parts):
         width = np.array([layout[part] / 1e9 for layout in layouts.values()])
-        panel.barh(list(layouts), width, left=left, color=colour, label=part, height=0.6)
+        panel.barh(list(layouts), width, left=left, color=colour, label=part, height=0.65)
         left += width
-    for line, total in enumerate(left):
-        panel.text(total, line, f" {total:.1f} GB", va="center", fontsize=9)
-    panel.axvline(limit_bytes / 1e9, color="black", linestyle="--", linewidth=1)
-    panel.text(limit_bytes / 1e9, 1.02, f"GPU {limit_bytes / 1e9:.0f} GB", fontsize=8, ha="center",
-               transform=panel.get_xaxis_transform())  # fmt: skip
-    panel.set_xlim(0, 1.12 * max(float(left.max()), limit_bytes / 1e9))
+    panel.axvline(limit, color="black", linestyle="--", linewidth=1, label=f"the GPU's {limit:.0f} GB")
+    for line, total in enumerate(totals):
+        cut = total > 0.9 * edge
+        panel.text(0.895 * edge if cut else total + 0.01 * edge, line, f"{total:.1f} GB" + (" →" if cut else ""),
+                   va="center", fontsize=8.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0})  # fmt: skip
+    panel.set_xlim(0, edge)
+    panel.invert_yaxis()
     panel.set_xlabel("GB on one GPU (by formula)")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, ncol=len(parts), loc="upper center", bbox_to_anchor=(0.5, -0.45), fontsize=8)
+    panel.legend(frameon=False, ncol=len(parts) + 1, loc="lower center", bbox_to_anchor=(0.45, 1.0), fontsize=8.5)
     _save(figure, path)
 
 

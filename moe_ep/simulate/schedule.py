@@ -9,8 +9,10 @@ A schedule is JSON, format "moe_ep.schedule/1", as `--mode=aot` writes it:
 A computation lists its instructions in scheduled order, the order in which they
 are issued on the compute stream. An instruction is one of
 
-    {"kind": "compute", "name", "op", "flops", "bytes", "dtype", "scope"}
-        op: gemm, grouped_gemm, attention, mla_decode or other; bytes read and written in memory
+    {"kind": "compute", "name", "op", "flops", "bytes", "dtype", "scope", "gemms", "attention"}
+        op: gemm, grouped_gemm, attention or other; bytes read and written in memory;
+        gemms: [[rows, columns, inner, batch], ...] where the products' shapes are known;
+        attention: {"flops", "context", "head_dim", "backward"} of a fused attention, or null
     {"kind": "collective" | "collective_start", "name", "op", "bytes", "group_size", "group_stride", "scope"}
         op: all_to_all, ragged_all_to_all, all_gather, reduce_scatter, all_reduce, collective_permute;
         bytes: one GPU's operand, of an all_gather its output. A plain collective holds the
@@ -29,7 +31,7 @@ import numpy as np
 
 from moe_ep.config import ConfigError
 from moe_ep.cost import network
-from moe_ep.cost.kernels import AssumedKernels, KernelTable, Work
+from moe_ep.cost.kernels import AssumedKernels, KernelTable, Work, gemm, memory_pass
 from moe_ep.cost.network import Fabric, NetworkParameters
 from moe_ep.cost.units import Number
 
@@ -112,7 +114,7 @@ def _walk_computation(schedule, name: str, fabric: Fabric, kernels, parameters: 
             body = _walk_computation(schedule, instruction["body"], fabric, kernels, parameters)
             state.scaled_onto(body, instruction.get("trip_count", 1))
         elif kind == "compute":
-            seconds = kernels.seconds(_work(instruction), fabric.gpu)
+            seconds = sum(kernels.seconds(work, fabric.gpu) for work in _works(instruction))
             state.compute_free += seconds
             state.compute += seconds
         elif kind == "collective_done":
@@ -138,19 +140,22 @@ def _wait(state: Walk, end: Number, scope: str) -> None:
     state.compute_free += waited
 
 
-def _work(instruction: dict) -> Work:
-    """A schedule gives FLOPs and bytes; the shape that a table looks for is the square product of as many FLOPs."""
-    op, flops, touched = instruction["op"], instruction["flops"], instruction["bytes"]
+def _works(instruction: dict) -> list[Work]:
+    """An instruction as kernel calls; bytes beyond the products' own operands are a pass of their own."""
     dtype = "fp8" if instruction.get("dtype", "").startswith("f8") else "bf16"
-    if op in ("gemm", "grouped_gemm") and flops:
-        rows = max(min((flops / 2) ** (1 / 3), 8192.0), 1.0)
-        side = (flops / 2 / rows) ** 0.5
-        return Work(op, dtype, flops, touched, (rows, side, side, 8 if op == "grouped_gemm" else 1))
-    if op == "attention" and flops:
-        return Work("attention", "bf16", flops, touched, (4096, 64))
-    if op == "mla_decode" and flops:
-        return Work("mla_decode", "bf16", flops, touched, (64, 4096, 128))
-    return Work("memory", "bf16", 0.0, touched, (max(touched, 1.0),))
+    if attention := instruction.get("attention"):
+        op = "attention_backward" if attention["backward"] else "attention"
+        shape = (attention["context"], attention["head_dim"])
+        return [Work(op, "bf16", attention["flops"], instruction["bytes"], shape)]
+    products = [gemm(m, k, n, dtype, batch) for m, n, k, batch in instruction.get("gemms") or _assumed(instruction)]
+    rest = instruction["bytes"] - sum(work.bytes for work in products)
+    return products + ([memory_pass(rest)] if rest > 0 else [])
+
+
+def _assumed(instruction: dict) -> list[list[Number]]:
+    """Without shapes, the square product of as many FLOPs."""
+    side = (instruction["flops"] / 2) ** (1 / 3)
+    return [[side, side, side, 1]] if side else []
 
 
 def collective_seconds(instruction: dict, fabric: Fabric, parameters: NetworkParameters) -> Number:

@@ -11,8 +11,8 @@ from moe_ep.config import Config, ConfigError
 from moe_ep.cost.network import Fabric
 from moe_ep.cost.routing import make_routing
 from moe_ep.cost.units import Number
-from moe_ep.simulate.from_config import scenario_of, with_batch, with_most_that_fits
-from moe_ep.simulate.predict import predict
+from moe_ep.simulate.from_config import scenario_of, with_batch
+from moe_ep.simulate.predict import memory_of, predict
 from moe_ep.simulate.scenario import DoesNotFit, Scenario, check
 
 Row = dict[str, typing.Any]
@@ -152,6 +152,9 @@ def run_sweep(config: Config, folder: pathlib.Path | None) -> dict[str, typing.A
     if kind == "break_even":
         rows = break_even(base)
         result: dict[str, typing.Any] = {"sweep": kind, "rows": rows}
+    elif kind == "memory":
+        rows = memory(base)
+        result = {"sweep": kind, "rows": rows}
     elif kind == "search":
         rows = search(base, config.simulate.latency_ms)
         result = {"sweep": kind, "rows": rows[:20], "layouts_tried": len(rows), "best": _best(rows)}
@@ -175,6 +178,9 @@ def _write(result: dict[str, typing.Any], rows: list[Row], kind: str, folder: pa
     (folder / f"{kind}.md").write_text(result["markdown"])
     if kind == "break_even":
         pictures.break_even_map(rows, folder / f"{kind}.png")
+    elif kind == "memory":
+        bars = {row["layout"]: row["bytes_per_gpu"] for row in rows}
+        pictures.memory_bar(bars, rows[0]["gpu_bytes"], folder / f"{kind}.png")
     elif kind in _LINES:
         pictures.curves(rows, _LINES[kind][1], result["inputs"], folder / f"{kind}.png")
 
@@ -182,9 +188,10 @@ def _write(result: dict[str, typing.Any], rows: list[Row], kind: str, folder: pa
 def break_even(base: Scenario) -> list[Row]:
     """Compares one expert per GPU (EP = E on E GPUs) with EP = 4, 8, 16 on as many GPUs, batch by batch, both NIC readings.
 
-    Each baseline is timed twice: as data-parallel replicas of its expert group, which
-    need not fit (then labelled "memory ignored"), and as a pipeline of groups, which holds
-    as many weights on a GPU as EP = E does.
+    Each baseline is timed as data-parallel replicas of its expert group, which need not
+    fit (then labelled "memory ignored"), and as a pipeline of groups, which holds no more
+    weights on a GPU than EP = E does. Every layout runs with the better of nothing
+    overlapped and two staggered batches.
     """
     base = dataclasses.replace(base, ignore_memory=True)
     batches = (1, 4, 8, 16, 32, 64, 128) if base.workload.phase == "decode" else (128, 256, 512, 1024, 2048, 4096)
@@ -196,15 +203,39 @@ def break_even(base: Scenario) -> list[Row]:
         for ep in (ep for ep in _BASELINES if ep < size):
             cases.append(({**varied, "baseline": f"EP {ep} x replicas"}, with_size(sized, size, size, ep)))
             cases.append(({**varied, "baseline": f"EP {ep} x pipeline"}, with_size(sized, size, size, ep, size // ep)))
-    rows = evaluate(cases, "break-even")
+    rows = _better_overlap(cases)
     wide = {_key(row): row for row in rows if row["baseline"] == "one expert per GPU"}
     for row in rows:
         row["wide_over_this"] = wide[_key(row)]["tokens_per_s"] / row["tokens_per_s"]
     return rows
 
 
+def _better_overlap(cases: list[Case]) -> list[Row]:
+    both = [
+        (varied, dataclasses.replace(scenario, layout=dataclasses.replace(scenario.layout, overlap=overlap)))
+        for varied, scenario in cases
+        for overlap in ("none", "staggered")
+    ]
+    rows = evaluate(both, "break-even")
+    return [max(pair, key=lambda row: row["tokens_per_s"]) for pair in zip(rows[::2], rows[1::2])]
+
+
 def _key(row: Row) -> tuple:
     return row["reading"], row["experts"], row["batch"]
+
+
+def memory(base: Scenario) -> list[Row]:
+    """Returns bytes of one GPU by part, for EP = 4, 8, 16 and so on up to the experts, as replicas and as a pipeline."""
+    experts, rows = base.model.moe.num_experts, []
+    for ep in (size for size in (4, 8, 16, 32, 64, 128, 256) if size <= experts and experts % size == 0):
+        for stages in dict.fromkeys((1, max(experts // ep, 1))):
+            layout = dataclasses.replace(base.layout, gpus=experts, ep=ep, pp=stages)
+            parts = memory_of(dataclasses.replace(base, layout=layout))
+            name = f"EP {ep}" + (f" x {stages} stages" if stages > 1 else f" x {experts // ep} replicas")
+            limit = base.fabric.gpu.memory_bytes
+            rows.append({"layout": name, "bytes_per_gpu": parts, "gpu_bytes": limit,
+                         "missing_bytes": max(sum(parts.values()) - limit, 0.0)})  # fmt: skip
+    return rows
 
 
 def search(base: Scenario, latency_ms: Number | None = None) -> list[Row]:
@@ -253,7 +284,7 @@ def markdown(rows: list[Row], title: str) -> str:
 def _cell(value: typing.Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{part} {amount / 1e9:.1f} GB" for part, amount in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-
-__all__ = ["break_even", "evaluate", "markdown", "run_sweep", "search", "with_most_that_fits", "with_nics", "with_size"]
