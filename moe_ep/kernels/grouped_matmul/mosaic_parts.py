@@ -7,6 +7,7 @@ are in their epilogue.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -156,12 +157,19 @@ def for_own_tiles(tiles, body: Callable):
     return lax.fori_loop(0, count, lambda index, step: body(own + index * ctas, step), jnp.int32(0))
 
 
+def load_sides(sides: Sequence, chunk: int) -> tuple[jax.Array, ...]:
+    """Returns columns [64, CHUNK] of what an epilogue reads, in the accumulators' layout.
+
+    They come straight into registers, all shared memory being in the ring. The loads
+    are asynchronous until used, so they are issued one chunk ahead.
+    """
+    columns = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+    load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA, optimized=False)
+    return tuple(load(side.at[:, columns], *_NO_INDEX) for side in sides)
+
+
 def store_chunks(
-    accumulators: Sequence[jax.Array],
-    outputs: Sequence,
-    sides: Sequence,
-    epilogue: Callable,
-    slots,
+    accumulators: Sequence[jax.Array], outputs: Sequence, sides: Sequence, first_sides: tuple, epilogue: Callable, slots
 ):
     """Stores `epilogue(accumulator chunks, side chunks)` to the outputs, one chunk after another.
 
@@ -169,23 +177,22 @@ def store_chunks(
       accumulators: float32 [64, columns] values of this consumer.
       outputs: device-memory references [64, columns] to store to.
       sides: device-memory references [64, columns] the epilogue reads.
+      first_sides: `load_sides` of chunk 0.
       epilogue: chunks -> one float32 chunk per output.
       slots: this consumer's shared memory [STORE_SLOTS, CHUNK, CHUNK].
     """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    stored = 0
-    for first_column in range(0, accumulators[0].shape[1], CHUNK):
-        columns = slice(first_column, first_column + CHUNK)
-        read = [_load_chunk(side.at[:, columns]) for side in sides]
-        chunks = epilogue(tuple(value[:, columns] for value in accumulators), tuple(read))
-        for output, chunk in zip(outputs, chunks, strict=True):
-            _store_chunk(chunk, output.at[:, columns], slots.at[stored % STORE_SLOTS])
+    chunks = accumulators[0].shape[1] // CHUNK
+    stored, read = 0, first_sides
+    for chunk in range(chunks):
+        next_read = load_sides(sides, chunk + 1) if chunk + 1 < chunks else ()
+        columns = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+        widened = tuple(side.astype(jnp.float32) for side in read)
+        values = epilogue(tuple(value[:, columns] for value in accumulators), widened)
+        for output, value in zip(outputs, values, strict=True):
+            _store_chunk(value, output.at[:, columns], slots.at[stored % STORE_SLOTS])
             stored += 1
-
-
-def _load_chunk(side):
-    # Straight into the registers of the accumulator's layout: all shared memory is in the ring.
-    return plgpu.load(side, *_NO_INDEX, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+        read = next_read
 
 
 def _store_chunk(chunk, output, slot):

@@ -123,10 +123,11 @@ def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, 
 
             def accumulate(*accumulators):
                 run = functools.partial(multiply, accumulators)
+                stores, reads = ([ref.at[row_slice, column_slice] for ref in refs] for refs in (outputs, sides))
+                first_reads = parts.load_sides(reads, 0)
                 parts.drain_ring(run, product.accumulators, steps, step, full, empty, tiling.stages)
                 values = [accumulator[...] for accumulator in accumulators]
-                blocks = [[ref.at[row_slice, column_slice] for ref in refs] for refs in (outputs, sides)]
-                parts.store_chunks(values, *blocks, product.epilogue, slots.at[warpgroup])
+                parts.store_chunks(values, stores, reads, first_reads, product.epilogue, slots.at[warpgroup])
 
             pl.run_scoped(accumulate, *[plgpu.ACC((64, width), jnp.float32)] * product.accumulators)
             return step + steps

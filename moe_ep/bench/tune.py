@@ -1,0 +1,186 @@
+"""Measures every step of the expert MLP in every tiling on this GPU and rewrites its part of the kernels' table.
+
+    python -m moe_ep.bench.tune [--table=FILE] [--samples=N] [--out=results]
+
+Each candidate is first checked against XLA on fresh random data. All of a problem's
+candidates are timed in turns, and the fastest by its median is the table's entry.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_ep.bench import report
+from moe_ep.bench.timing import Contender, Times, measure_in_turns
+from moe_ep.kernels import device
+from moe_ep.kernels.grouped_matmul import RowGroups, choice, make_row_groups, mosaic, table, tiles_needed
+from moe_ep.kernels.grouped_matmul.mosaic_parts import Tiling
+from moe_ep.kernels.grouped_matmul.table import Entry, Problem
+
+WIDTH, HIDDEN = 7168, 18432
+LARGEST_ERROR = 1e-2  # of bfloat16 results, relative to their norm
+ACTIVATION = {1: "gelu", 2: "silu_gated"}
+WIDE = [Tiling(raster_width=width) for width in (4, 8, 16)]
+NARROW = [
+    Tiling(consumers=1, columns=columns, stages=stages, raster_width=1024, ctas_per_multiprocessor=ctas)
+    for columns, stages, ctas in ((128, 8, 1), (64, 4, 2), (64, 12, 1), (256, 5, 1))
+]
+
+
+def problems() -> Iterator[Problem]:
+    """Yields the problems the table holds: one group from decoding to large batches, and eight unequal groups."""
+    steps = {
+        "hidden": (WIDTH, HIDDEN),
+        "hidden_and_products": (WIDTH, HIDDEN),
+        "product": (HIDDEN, WIDTH),
+        "product_gradients": (WIDTH, HIDDEN),
+        "rows_gradient": (HIDDEN, WIDTH),
+        "weight_gradient": (WIDTH, HIDDEN),
+    }
+    forward, activated = ("hidden", "product"), ("hidden", "hidden_and_products", "product_gradients", "rows_gradient")
+    for rows in (64, 512, 2048, 8192):
+        yield from (Problem(step, 1, rows, *steps[step]) for step in forward)
+    yield from (Problem(step, 1, 4096, *sizes) for step, sizes in steps.items())
+    yield from (Problem(step, 1, 4096, *steps[step], inputs=2) for step in activated)
+    yield from (Problem(step, 8, tiles_needed(8192, 8, 128) * 128, *sizes) for step, sizes in steps.items())
+    yield from (Problem(step, 8, tiles_needed(8192, 8, 128) * 128, *steps[step], inputs=2) for step in activated)
+    yield from (Problem(step, 8, 8 * 64, *steps[step]) for step in forward)
+
+
+def tune(problem: Problem, seed: int, samples: int, sample_seconds: float) -> Entry:
+    """Returns the fastest of XLA and the kernels for this problem."""
+    operands = make_operands(problem, seed)
+    contenders = {name: Contender(functools.partial(run, *operands), jax.block_until_ready) for name, run in candidates(problem).items()}
+    baseline, *kernels = contenders
+    expected = contenders[baseline].launch()
+    tilings = {name: tiling for name, tiling in zip(kernels, tilings_of(problem), strict=True)}
+    for name in kernels:
+        error = relative_error(contenders[name].launch(), expected, operands[-1])
+        if not error < LARGEST_ERROR:
+            raise SystemExit(f"{name} of {problem} differs from XLA by {error}, more than {LARGEST_ERROR}")
+    times = measure_in_turns(contenders, samples, sample_seconds)
+    fastest = min(times, key=lambda name: times[name].median)
+    milliseconds = {name: round(1e3 * time.median, 4) for name, time in times.items()}
+    _print_row(problem, times)
+    return Entry(problem, baseline if fastest == baseline else "mosaic", tilings.get(fastest), milliseconds)
+
+
+def candidates(problem: Problem) -> dict[str, Callable]:
+    """Returns XLA's way first, then the kernels in each tiling, as functions of `make_operands`' result."""
+    baseline = "dense" if problem.groups == 1 else "scanned"
+    runs = {baseline: jax.jit(_with_static(getattr(choice.IMPLEMENTATIONS[baseline], problem.step), problem))}
+    for tiling in tilings_of(problem):
+        name = f"{tiling.consumers}x64x{tiling.columns}, {tiling.stages} stages, raster {tiling.raster_width}"
+        step = functools.partial(getattr(mosaic, problem.step), tiling=tiling)
+        runs[name] = jax.jit(_with_static(step, problem))
+    return runs
+
+
+def tilings_of(problem: Problem) -> list[Tiling]:
+    """Returns the tilings worth trying: narrow ones where reading the weights is all the work."""
+    return NARROW if problem.rows <= 64 * problem.groups else WIDE
+
+
+def make_operands(problem: Problem, seed: int) -> tuple:
+    """Returns random operands of the step, the layout of the rows last."""
+    groups = make_groups(problem, seed)
+    keys = jax.random.split(jax.random.key(seed), 4)
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def normal(key, shape, scale=1.0):
+        return (scale * jax.random.normal(key, shape, jnp.float32)).astype(jnp.bfloat16)
+
+    rows = normal(keys[0], (problem.rows, problem.depth))
+    output = normal(keys[1], (problem.rows, problem.columns))
+    if problem.step == "weight_gradient":
+        return rows, output, groups
+    transposed = problem.step.endswith(("product_gradients", "rows_gradient"))
+    size = (problem.columns, problem.depth) if transposed else (problem.depth, problem.columns)
+    weights = tuple(normal(key, (problem.groups, *size), problem.depth**-0.5) for key in keys[2 : 2 + problem.inputs])
+    return {
+        "product": (rows, weights[0], groups),
+        "product_gradients": (rows, weights[0], (output,) * problem.inputs, groups),
+        "rows_gradient": ((rows,) * problem.inputs, weights, groups),
+    }.get(problem.step, (rows, weights, groups))
+
+
+def make_groups(problem: Problem, seed: int) -> RowGroups:
+    """Returns full groups for decoding, else unequal ones that need no more than the problem's tiles."""
+    if problem.rows <= 64 * problem.groups:
+        return make_row_groups(jnp.full(problem.groups, 64, jnp.int32), 64, problem.groups)
+    tiles = problem.rows // 128
+    rows = problem.rows - 128 * (problem.groups - 1)
+    generator = np.random.default_rng(seed)
+    sizes = generator.multinomial(rows, generator.dirichlet(np.ones(problem.groups)))
+    return make_row_groups(jnp.asarray(sizes, jnp.int32), 128, tiles)
+
+
+def relative_error(out, expected, groups: RowGroups) -> float:
+    """Returns the largest ||out - expected|| / ||expected|| over the outputs' valid rows; NaN is infinity."""
+
+    def error(ours, theirs):
+        if ours.ndim == 2:
+            tile = ours.shape[0] // groups.tile_group.shape[0]
+            kept = (jnp.arange(ours.shape[0]) < groups.valid_tiles * tile)[:, None]
+            ours, theirs = (jnp.where(kept, value, jnp.zeros((), value.dtype)) for value in (ours, theirs))
+        ours, theirs = (value.astype(jnp.float32) for value in (ours, theirs))
+        return jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs)
+
+    errors = jax.tree.leaves(jax.tree.map(jax.jit(error), out, expected))
+    return float(jnp.nan_to_num(jnp.max(jnp.stack(errors)), nan=jnp.inf))
+
+
+def _with_static(step, problem):
+    if problem.step == "weight_gradient":
+        return functools.partial(step, group_count=problem.groups)
+    if problem.step in ("product", "rows_gradient"):
+        return step
+    return functools.partial(step, activation=ACTIVATION[problem.inputs])
+
+
+def _print_row(problem: Problem, times: dict[str, Times]):
+    cells = "; ".join(f"{name} {1e3 * time.median:.3f} ms ±{time.spread:.1%}" for name, time in times.items())
+    print(f"{' '.join(map(str, dataclasses.astuple(problem)))}: {cells}", flush=True)
+
+
+def as_markdown(result: dict) -> str:
+    """Returns the entries as a table."""
+    lines = ["| step | groups | rows | depth | columns | inputs | fastest | medians in ms |", "|" + "---|" * 8]
+    for entry in result["entries"]:
+        sizes = " | ".join(str(value) for value in entry["problem"].values())
+        times = "; ".join(f"{name}: {value:.3f}" for name, value in entry["milliseconds"].items())
+        fastest = min(entry["milliseconds"], key=entry["milliseconds"].get)
+        lines.append(f"| {sizes} | {fastest} | {times} |")
+    return report.heading("Tilings of the expert MLP's steps", result) + "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]):
+    """Tunes and writes the table and the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", type=pathlib.Path, default=table.PATH)
+    parser.add_argument("--samples", type=int, default=9)
+    parser.add_argument("--sample-seconds", type=float, default=0.03)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="results")
+    parser.add_argument("--commit", default=None)
+    options = parser.parse_args(argv)
+    if not mosaic.runs_on(device.device_kind()):
+        print(f"bench.tune: the device is {device.device_kind()!r}; the kernels run on Hopper GPUs", file=sys.stderr)
+        raise SystemExit(2)
+    entries = [tune(problem, options.seed, options.samples, options.sample_seconds) for problem in problems()]
+    provenance = report.provenance("python -m moe_ep.bench.tune " + " ".join(argv), options.commit)
+    table.write(options.table, device.device_kind(), provenance, entries)
+    result = provenance | {"kind": "measured", "entries": [dataclasses.asdict(entry) for entry in entries]}
+    for path in report.write(options.out, report.file_stem("tune"), result, as_markdown(result)):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
