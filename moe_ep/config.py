@@ -191,6 +191,7 @@ class SimulateConfig:
     point: str = ""  # the id of a published measurement, or "all"
     published_values: str = ""  # a CSV with columns id and value that predictions are compared with
     schedule: str = ""  # a schedule that --mode=aot wrote: walk it instead
+    expert_row_share: float = 1.0  # of a schedule: expert rows that hold tokens, where kernels skip the others
     sweep: Literal[
         "none", "strong", "weak", "batch", "context", "skew", "nics", "memory", "break_even", "search"
     ] = "none"
@@ -245,7 +246,9 @@ def cpu8_tiny() -> Config:
     )
     return Config(
         model=model,
-        balance=BalanceConfig(rate=0.05),
+        # Rows for three times the mean: the uneven routing of the first steps fits one wave.
+        dispatch=DispatchConfig(margin_sigmas=16.0),
+        balance=BalanceConfig(rate=0.1),
         train=TrainConfig(
             steps=200, batch_sequences=16, sequence=128, optimizer=OptimizerConfig(learning_rate=3e-3)
         ),

@@ -76,3 +76,8 @@ def vary(tree: object) -> object:
         return jax.lax.pcast(values, missing, to="varying") if missing else values
 
     return jax.tree.map(mark, tree)
+
+
+def place_batch(tokens: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Returns a global batch on the mesh, its rows split over all devices; every process passes the same."""
+    return jax.make_array_from_callback(tokens.shape, NamedSharding(mesh, TOKENS), lambda index: tokens[index])

@@ -54,7 +54,7 @@ def make_layer(sizes: Sizes, seed: int) -> Layer:
 
     @jax.jit
     def make(key):
-        module = MoE(key, sizes.width, config, transport, dtype=jnp.bfloat16, output_scale=1.0)
+        module = MoE(key, sizes.width, config, dtype=jnp.dtype(jnp.bfloat16), output_scale=1.0)
         module.experts = jax.tree.map(lambda weights: weights.astype(jnp.bfloat16), module.experts)
         return module
 

@@ -1,11 +1,12 @@
 """One routed layer's exchange: plan (integers), send, let the experts work, bring back.
 
-A transport is three functions with one signature each; `TRANSPORTS` is the table.
-`dispatch` composes them, and a schedule that interleaves two micro-batches may
-call the three stages itself.
+A transport is a file of functions with one signature each; `TRANSPORTS` is the table.
+`exchange_rows` composes them, and a schedule that interleaves two micro-batches
+calls the stages itself: those with collectives stand apart from those without.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from moe_ep.dispatch import all_gather, all_to_all
@@ -18,26 +19,41 @@ from moe_ep.shapes import Choices, Rows, TokenRows, Weights
 class Transport(NamedTuple):
     """The stages of an exchange; what passes between them is the transport's own.
 
-    plan(choices, exchange) -> plan, whose `counts` are DispatchCounts; send(tokens,
-    plan, exchange) -> batches, each with `rows` and `groups` for the experts, one a
-    slice; bring_back(outputs, batches, weights, plan, exchange) -> token rows.
+    plan(choices, exchange) -> plan, whose `counts` are DispatchCounts
+    send_rows(tokens, plan, exchange) -> what arrived, by collectives
+    receive(arrived, plan, exchange) -> batches, each with `rows` and `groups` for the experts, one a slice
+    return_rows(outputs, batches, weights, plan, exchange) -> what came back, by collectives
+    combine(came_back, weights, plan, exchange) -> token rows
     """
 
     plan: Callable[..., Any]
-    send: Callable[..., Any]
-    bring_back: Callable[..., TokenRows]
+    send_rows: Callable[..., Any]
+    receive: Callable[..., list[Any]]
+    return_rows: Callable[..., Any]
+    combine: Callable[..., TokenRows]
     queue_rows: Callable[[Exchange], int]
 
+    def send(self, tokens: TokenRows, plan: Any, exchange: Exchange) -> list[Any]:
+        """Sends tokens to their experts and lays them out there."""
+        return self.receive(self.send_rows(tokens, plan, exchange), plan, exchange)
 
-TRANSPORTS = {
-    "all_to_all": Transport(all_to_all.plan, all_to_all.send, all_to_all.bring_back, all_to_all.queue_rows),
-    "all_gather": Transport(all_gather.plan, all_gather.send, all_gather.bring_back, all_gather.queue_rows),
-}
+    def bring_back(
+        self, outputs: list[Rows], batches: list[Any], weights: Weights, plan: Any, exchange: Exchange
+    ) -> TokenRows:
+        """Returns the experts' outputs to their tokens and adds them up by weight."""
+        return self.combine(self.return_rows(outputs, batches, weights, plan, exchange), weights, plan, exchange)
+
+
+def _transport(module: ModuleType) -> Transport:
+    return Transport(*(getattr(module, stage) for stage in Transport._fields))
+
+
+TRANSPORTS = {"all_to_all": _transport(all_to_all), "all_gather": _transport(all_gather)}
 
 Experts = Callable[[Rows, RowGroups], Rows]
 
 
-def dispatch(
+def exchange_rows(
     tokens: TokenRows, choices: Choices, weights: Weights, experts: Experts, exchange: Exchange
 ) -> tuple[TokenRows, DispatchCounts]:
     """Sends each token to the experts it chose and returns their outputs added up by weight.
@@ -59,4 +75,4 @@ def dispatch(
     return transport.bring_back(outputs, batches, weights, plan, exchange), plan.counts
 
 
-__all__ = ["TRANSPORTS", "DispatchCounts", "Exchange", "Transport", "count_experts", "dispatch", "make_exchange"]
+__all__ = ["TRANSPORTS", "DispatchCounts", "Exchange", "Transport", "count_experts", "exchange_rows", "make_exchange"]

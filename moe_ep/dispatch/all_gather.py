@@ -16,7 +16,7 @@ from jaxtyping import Int32
 
 from moe_ep.dispatch.exchange import DispatchCounts, Exchange, crossed, row_tile
 from moe_ep.dispatch.permute import take_rows, weighted_sum_rows
-from moe_ep.dispatch.plan import compact, slices_of_queue, slot_in_slices, sort_by_expert, within_slice
+from moe_ep.dispatch.plan import compact, divide, slices_of_queue, slot_in_slices, sort_by_expert, within_slice
 from moe_ep.kernels.grouped_matmul import RowGroups
 from moe_ep.mesh import EXPERT
 from moe_ep.shapes import Choices, Rows, TokenRows, Weights
@@ -77,25 +77,30 @@ def plan(choices: Choices, exchange: Exchange) -> Plan:
         rows_sent=received,
         rows_padded=jnp.zeros_like(received),
         rows_dropped=jnp.maximum(length - exchange.waves * wave_rows, 0),
-        waves_needed=-(-length // wave_rows),
+        waves_needed=divide(length + (wave_rows - 1), wave_rows)[0],
     )
     return Plan(jnp.stack(assignment_of_row), row_of_assignment.reshape(choices.shape), groups, dispatched)
 
 
-def send(tokens: TokenRows, plan: Plan, exchange: Exchange) -> list[Batch]:
-    """Gathers all devices' tokens once and lays out each slice's rows."""
+def send_rows(tokens: TokenRows, plan: Plan, exchange: Exchange) -> TokenRows:
+    """Gathers all devices' tokens, once for all slices."""
+    del plan
     with jax.named_scope("dispatch"):
-        everyones = _gather(tokens, exchange)
+        return _gather(tokens, exchange)
+
+
+def receive(everyones: TokenRows, plan: Plan, exchange: Exchange) -> list[Batch]:
+    """Lays out each slice's rows for the experts."""
     rows = plan.assignment_of_row.shape[1]
     batches = []
     for index, groups in enumerate(plan.groups):
         readers = within_slice(plan.row_of_assignment, index, rows)
-        token_of_row = plan.assignment_of_row[index] // exchange.top_k
+        token_of_row, _ = divide(plan.assignment_of_row[index], exchange.top_k)
         batches.append(Batch(take_rows(everyones, token_of_row, readers), groups))
     return batches
 
 
-def bring_back(
+def return_rows(
     outputs: Sequence[Rows], batches: Sequence[Batch], weights: Weights, plan: Plan, exchange: Exchange
 ) -> TokenRows:
     """Adds this device's experts up for every token and scatters the sums to the tokens' own devices."""
@@ -108,6 +113,12 @@ def bring_back(
         return partial
     with jax.named_scope("combine"):
         return crossed(jax.lax.psum_scatter(partial, EXPERT, scatter_dimension=0, tiled=True))
+
+
+def combine(sums: TokenRows, weights: Weights, plan: Plan, exchange: Exchange) -> TokenRows:
+    """Returns the sums as they are: they were added up before they were sent."""
+    del weights, plan, exchange
+    return sums
 
 
 def _gather(values: Array, exchange: Exchange) -> Array:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int32
 
 from moe_ep.dispatch.exchange import DispatchCounts, Exchange, crossed, row_tile
 from moe_ep.dispatch.permute import take_rows, weighted_sum_rows
-from moe_ep.dispatch.plan import Compaction, compact, slices_of_queue, slot_in_slices, sort_by_expert, within_slice
+from moe_ep.dispatch.plan import Compaction, compact, divide, slices_of_queue, slot_in_slices, sort_by_expert, within_slice
 from moe_ep.kernels.grouped_matmul import RowGroups
 from moe_ep.mesh import EXPERT
 from moe_ep.shapes import Choices, Rows, TokenRows, Weights
@@ -56,7 +56,7 @@ def plan(choices: Choices, exchange: Exchange) -> Plan:
     queue_start = ordered.start[:: exchange.experts_per_peer]
     queue_length = jnp.diff(queue_start)
 
-    destination = choices.reshape(-1) // exchange.experts_per_peer
+    destination, _ = divide(choices.reshape(-1), exchange.experts_per_peer)
     slice_index, row = slot_in_slices(ordered.place - queue_start[destination], *layout)
     rows = wave_rows // exchange.chunks
     slot = jnp.where(
@@ -80,29 +80,35 @@ def plan(choices: Choices, exchange: Exchange) -> Plan:
         rows_sent=sent,
         rows_padded=exchange.slices * exchange.peers * rows - sent,
         rows_dropped=assignments - sent,
-        waves_needed=jnp.max(-(-queue_length // wave_rows)),
+        waves_needed=divide(jnp.max(queue_length) + (wave_rows - 1), wave_rows)[0],
     )
     return Plan(
         jnp.stack(assignment_of_slot), slot.reshape(choices.shape), jnp.stack(counts_of_slice), counts
     )
 
 
-def send(tokens: TokenRows, plan: Plan, exchange: Exchange) -> list[Batch]:
-    """Sends every slice to its experts' devices; one all-to-all each."""
+def send_rows(tokens: TokenRows, plan: Plan, exchange: Exchange) -> list[Float[Array, "P C1 D"]]:
+    """Sends every slice to its experts' devices, one all-to-all each; returns what arrived, counts and rows."""
     slots = plan.assignment_of_slot.shape[1]
-    batches = []
+    received = []
     for index in range(exchange.slices):
-        token_of_slot = plan.assignment_of_slot[index] // exchange.top_k
+        token_of_slot, _ = divide(plan.assignment_of_slot[index], exchange.top_k)
         slot_of_token = within_slice(plan.slot_of_assignment, index, slots)
         body = take_rows(tokens, token_of_slot, slot_of_token).reshape(exchange.peers, -1, tokens.shape[-1])
         header = _encode(plan.counts_of_slice[index], tokens.shape[-1], tokens.dtype)
         with jax.named_scope("dispatch"):
-            received = _exchange(jnp.concatenate([header, body], axis=1), exchange)
-        batches.append(_compact_received(received, header.shape[1], exchange))
-    return batches
+            received.append(_exchange(jnp.concatenate([header, body], axis=1), exchange))
+    return received
 
 
-def _compact_received(received: Float[Array, "P C1 D"], header_rows: int, exchange: Exchange) -> Batch:
+def receive(received: Sequence[Float[Array, "P C1 D"]], plan: Plan, exchange: Exchange) -> list[Batch]:
+    """Compacts what arrived into the experts' layout."""
+    del plan
+    return [_compact_received(buffer, exchange) for buffer in received]
+
+
+def _compact_received(received: Float[Array, "P C1 D"], exchange: Exchange) -> Batch:
+    header_rows = _header_rows(exchange.experts_per_peer, received.shape[-1])
     counts = _decode(received[:, :header_rows], exchange.experts_per_peer)
     rows = received.shape[1] - header_rows
     tile = row_tile(exchange.tokens * exchange.top_k // exchange.slices, exchange.experts_per_peer)
@@ -111,17 +117,26 @@ def _compact_received(received: Float[Array, "P C1 D"], header_rows: int, exchan
     return Batch(take_rows(body, compaction.source, compaction.target[:, None]), compaction.groups, compaction)
 
 
-def bring_back(
+def return_rows(
     outputs: Sequence[Rows], batches: Sequence[Batch], weights: Weights, plan: Plan, exchange: Exchange
-) -> TokenRows:
-    """Returns every row to its token, one all-to-all a slice, and adds the choices up by weight."""
+) -> list[Float[Array, "P C D"]]:
+    """Returns every row to the device it came from, one all-to-all a slice."""
+    del weights, plan
     returned = []
     for output, batch in zip(outputs, batches, strict=True):
         readers = batch.compaction.source[:, None]
         segments = take_rows(output, batch.compaction.target, readers)
         with jax.named_scope("combine"):
             returned.append(_exchange(segments.reshape(exchange.peers, -1, output.shape[-1]), exchange))
-    rows = jnp.concatenate(returned).reshape(-1, outputs[0].shape[-1])
+    return returned
+
+
+def combine(
+    returned: Sequence[Float[Array, "P C D"]], weights: Weights, plan: Plan, exchange: Exchange
+) -> TokenRows:
+    """Adds each token's choices up by weight."""
+    del exchange
+    rows = jnp.concatenate(returned).reshape(-1, returned[0].shape[-1])
     return weighted_sum_rows(rows, weights, plan.slot_of_assignment, plan.assignment_of_slot.reshape(-1))
 
 
@@ -133,12 +148,15 @@ def _exchange(buffer: Float[Array, "P C D"], exchange: Exchange) -> Float[Array,
 
 def _encode(counts: Int32[Array, "P e"], width: int, dtype: jnp.dtype) -> Float[Array, "P h D"]:
     """Writes counts into as few rows of the buffer's width as hold them."""
-    place_value = _DIGIT_BASE ** jnp.arange(_DIGITS, dtype=jnp.int32)
-    digits = (counts[:, :, None] // place_value[None, None, :]) % _DIGIT_BASE
-    digits = digits.reshape(counts.shape[0], -1)
-    header_rows = -(-digits.shape[1] // width)
+    high, low = divide(counts, _DIGIT_BASE)
+    digits = jnp.stack([low, *reversed(divide(high, _DIGIT_BASE))], axis=-1).reshape(counts.shape[0], -1)
+    header_rows = _header_rows(counts.shape[1], width)
     padded = jnp.pad(digits, ((0, 0), (0, header_rows * width - digits.shape[1])))
     return padded.reshape(-1, header_rows, width).astype(dtype)
+
+
+def _header_rows(experts: int, width: int) -> int:
+    return -(-experts * _DIGITS // width)
 
 
 def _decode(header: Float[Array, "P h D"], experts: int) -> Int32[Array, "P e"]:

@@ -71,7 +71,7 @@ def _weighted_sum_rows_forward(rows, weights, index, reader):
 def _weighted_sum_rows_backward(residuals, gradient):
     rows, weights, index, reader = residuals
     weight_of_row = weights.reshape(-1).at[reader].get(mode="fill", fill_value=0)
-    gradient_of_row = _read(gradient, reader // weights.shape[1]).astype(jnp.float32)
+    gradient_of_row = _read(gradient, jax.lax.div(reader, jnp.int32(weights.shape[1]))).astype(jnp.float32)
     rows_gradient = (weight_of_row[:, None] * gradient_of_row).astype(rows.dtype)
     read = _read(rows, index).astype(jnp.float32)
     weights_gradient = jnp.sum(read * gradient.astype(jnp.float32)[:, None, :], axis=2)

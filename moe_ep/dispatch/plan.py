@@ -2,9 +2,8 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Int32
 
 from moe_ep.kernels.grouped_matmul import RowGroups, first_rows, make_row_groups, tiles_needed
@@ -24,14 +23,17 @@ def sort_by_expert(expert_of_assignment: Int32[Array, "A"], experts: int) -> Sor
     assignments = jnp.arange(expert_of_assignment.shape[0], dtype=jnp.int32)
     order = jnp.argsort(expert_of_assignment, stable=True).astype(jnp.int32)
     place = jnp.zeros_like(assignments).at[order].set(assignments, unique_indices=True)
-    runs = jnp.arange(experts + 1, dtype=expert_of_assignment.dtype)
-    start = jnp.searchsorted(expert_of_assignment[order], runs, method="scan_unrolled").astype(jnp.int32)
-    return SortedAssignments(order, place, start)
+    end = jnp.cumsum(_count(expert_of_assignment, experts), dtype=jnp.int32)
+    return SortedAssignments(order, place, jnp.concatenate([jnp.zeros_like(end[:1]), end]))
 
 
 def count_experts(choices: Int32[Array, "t K"], experts: int) -> ExpertCounts:
     """Returns how many assignments each expert has."""
-    return jnp.zeros((experts,), jnp.int32).at[choices.reshape(-1)].add(1)
+    return _count(choices.reshape(-1), experts)
+
+
+def _count(expert_of_assignment: Int32[Array, "A"], experts: int) -> ExpertCounts:
+    return jnp.zeros((experts,), jnp.int32).at[expert_of_assignment].add(1, mode="drop")
 
 
 class SliceOfQueue(NamedTuple):
@@ -54,7 +56,7 @@ class SliceOfQueue(NamedTuple):
     def rows_before(self, position: Int32[Array, "..."]) -> Int32[Array, "..."]:
         """Returns how many of the slice's rows hold a queue position under the given one."""
         in_wave = jnp.clip(position - self.wave * self.rows_per_wave, 0, self.rows_per_wave)
-        return (in_wave - self.chunk + self.chunks - 1) // self.chunks
+        return lax.div(in_wave + (self.chunks - 1 - self.chunk), jnp.int32(self.chunks))
 
 
 def slices_of_queue(waves: int, chunks: int, rows_per_wave: int) -> list[SliceOfQueue]:
@@ -64,9 +66,15 @@ def slices_of_queue(waves: int, chunks: int, rows_per_wave: int) -> list[SliceOf
 
 def slot_in_slices(position: Int32[Array, "..."], waves: int, chunks: int, rows_per_wave: int) -> tuple[Array, Array]:
     """Returns (slice, row) of a queue position; slice is `waves x chunks` for one that no wave takes."""
-    wave, in_wave = position // rows_per_wave, position % rows_per_wave
-    slice_index = jnp.where(wave < waves, wave * chunks + in_wave % chunks, waves * chunks)
-    return slice_index, in_wave // chunks
+    wave, in_wave = divide(position, rows_per_wave)
+    row, chunk = divide(in_wave, chunks)
+    return jnp.where(wave < waves, wave * chunks + chunk, waves * chunks), row
+
+
+def divide(values: Int32[Array, "..."], by: int) -> tuple[Int32[Array, "..."], Int32[Array, "..."]]:
+    """Returns quotient and remainder of values that are not negative; `//` would compile a sign's handling too."""
+    quotient = lax.div(values, jnp.int32(by))
+    return quotient, values - quotient * by
 
 
 def within_slice(slot: Int32[Array, "..."], index: int, slots: int) -> Int32[Array, "..."]:
@@ -102,8 +110,7 @@ def compact(counts: Int32[Array, "P e"], rows_per_segment: int, tile: int) -> Co
     segment_start = _exclusive_sum(counts, axis=1)  # of (segment, expert) in its segment
 
     row = jnp.arange(rows_per_segment, dtype=jnp.int32)
-    segment_end = jnp.cumsum(counts, axis=1).astype(jnp.int32)
-    expert_of_row = jax.vmap(_run_of, in_axes=(0, None))(segment_end, row)
+    expert_of_row = _runs_over(jnp.cumsum(counts, axis=1, dtype=jnp.int32), rows_per_segment)
     valid = expert_of_row < experts
     expert_of_row = jnp.minimum(expert_of_row, experts - 1)
     shift = jnp.take_along_axis(run_start - segment_start, expert_of_row, axis=1)
@@ -115,8 +122,11 @@ def compact(counts: Int32[Array, "P e"], rows_per_segment: int, tile: int) -> Co
     return Compaction(source, target.reshape(-1), groups)
 
 
-def _run_of(run_end: Int32[Array, "e"], row: Int32[Array, "C"]) -> Int32[Array, "C"]:
-    return jnp.searchsorted(run_end, row, side="right", method="scan_unrolled").astype(jnp.int32)
+def _runs_over(run_end: Int32[Array, "P e"], rows: int) -> Int32[Array, "P C"]:
+    """Returns for every row of a segment how many runs end at it or before."""
+    segment = jnp.arange(run_end.shape[0], dtype=jnp.int32)[:, None]
+    ends = jnp.zeros((run_end.shape[0], rows), jnp.int32).at[segment, run_end].add(1, mode="drop")
+    return jnp.cumsum(ends, axis=1, dtype=jnp.int32)
 
 
 def _exclusive_sum(values: Array, axis: int = 0) -> Array:

@@ -56,7 +56,7 @@ class DenseBlock(nnx.Module):
 class MoEBlock(nnx.Module):
     """A block whose feed-forward layer is routed."""
 
-    def __init__(self, key: Array, config: ModelConfig, dispatch: DispatchConfig):
+    def __init__(self, key: Array, config: ModelConfig):
         keys = jax.random.split(key, 2)
         self.first = AttentionHalf(keys[0], config)
         self.norm = RMSNorm(config.width, config.norm_epsilon)
@@ -64,17 +64,21 @@ class MoEBlock(nnx.Module):
             keys[1],
             config.width,
             config.moe,
-            dispatch,
             dtype=jnp.dtype(config.dtype),
             output_scale=residual_scale(config),
         )
 
     def __call__(
-        self, x: Activations, positions: Positions, bias: RouterBias, replay: Choices | None = None
+        self,
+        x: Activations,
+        positions: Positions,
+        bias: RouterBias,
+        dispatch: DispatchConfig,
+        replay: Choices | None = None,
     ) -> tuple[Activations, MoEReport]:
         x = self.first(x, positions)
         with jax.named_scope("moe"):
-            routed, report = self.moe(self.norm(x), bias, replay)
+            routed, report = self.moe(self.norm(x), bias, dispatch, replay)
         return x + routed, report
 
 

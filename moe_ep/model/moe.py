@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from moe_ep.config import Activation, DispatchConfig, MoEConfig
@@ -73,10 +72,8 @@ class Experts(nnx.Module):
     def __call__(self, rows: Rows, groups: RowGroups) -> Rows:
         gate = self.w_gate[...].astype(self.dtype) if self.activation == "silu_gated" else None
         weights = ExpertWeights(self.w_in[...].astype(self.dtype), self.w_out[...].astype(self.dtype), gate)
-        # Named, so that a backward pass may keep what crossed the network and compute the rest again.
-        rows = checkpoint_name(rows, "dispatched")
         with jax.named_scope("experts"):
-            return checkpoint_name(expert_mlp(rows, weights, groups, activation=self.activation), "expert_outputs")
+            return expert_mlp(rows, weights, groups, activation=self.activation)
 
 
 class MoE(nnx.Module):

@@ -25,7 +25,8 @@ class Router(nnx.Module):
 
     def __init__(self, key: Array, width: int, config: MoEConfig):
         self.config = config
-        self.matrix = matrix(key, (width, config.num_experts), (None, None), fan_in=width)
+        # Small at first: scores start near 1/E, where the balance bias can move choices within a few steps.
+        self.matrix = matrix(key, (width, config.num_experts), (None, None), fan_in=width, scale=0.1)
 
     def __call__(self, x: TokenRows, bias: RouterBias, replay: Choices | None = None) -> Routing:
         """Routes tokens.

@@ -7,12 +7,15 @@ Per layer, four pairs of an exchange and the work that covers it:
     dispatch(second)                  experts (first)
     combine(first)                    experts (second)
 
-A barrier after each pair keeps the compiler from pulling the pairs apart; it
+A barrier after each pair keeps the compiler from pulling the pairs apart, and what
+arrived is laid out after it, or that chain of small kernels would keep the products
+from standing over the exchange. The barrier
 transposes to a barrier, so the backward pass has the same pairs in reverse. A body
 needs the weights of its own layer only, so the stack is scanned as it is. The first
 combine moves zeros: nothing has been computed for it yet.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,9 +25,9 @@ from jax import Array
 from jaxtyping import Float32
 
 from moe_ep.config import DispatchConfig, require
-from moe_ep.dispatch import TRANSPORTS, DispatchCounts
+from moe_ep.dispatch import TRANSPORTS, Exchange, Experts, Transport
 from moe_ep.model.block import AttentionHalf, MoEBlock
-from moe_ep.model.moe import MoE, MoEReport
+from moe_ep.model.moe import MoEReport
 from moe_ep.shapes import Activations, RouterBias, Rows, TokenRows, Weights
 
 # attend(half, x, extra) -> (x, kept): the attention half of a block on one micro-batch, with
@@ -47,6 +50,28 @@ class _Computed(NamedTuple):
     batches: list[Any]  # without their rows
     weights: Weights
     plan: Any
+
+
+class _Exchanger(NamedTuple):
+    """The stages of a half batch's exchange; rows and what arrived are whatever the transport makes them."""
+
+    transport: Transport
+    exchange: Exchange
+
+    def send(self, routed: _Routed) -> Any:
+        return self.transport.send_rows(routed.tokens, routed.plan, self.exchange)
+
+    def compute(self, experts: Experts, routed: _Routed, arrived: Any) -> _Computed:
+        batches = self.transport.receive(arrived, routed.plan, self.exchange)
+        outputs = [experts(batch.rows, batch.groups) for batch in batches]
+        return _Computed(outputs, [batch._replace(rows=None) for batch in batches], routed.weights, routed.plan)
+
+    def send_back(self, computed: _Computed) -> Any:
+        return self.transport.return_rows(*computed, self.exchange)
+
+    def add(self, x: Activations, came_back: Any, computed: _Computed | _Routed) -> Activations:
+        rows = self.transport.combine(came_back, computed.weights, computed.plan, self.exchange)
+        return x + rows.reshape(x.shape)
 
 
 def scan_staggered(
@@ -80,76 +105,69 @@ def scan_staggered(
     sequences = x.shape[0]
     require(sequences % 2 == 0, "dispatch.overlap", "staggered", f"an even number of sequences per device, not {sequences}")
     first, second = x[: sequences // 2], x[sequences // 2 :]
+    exchange = blocks.moe.exchange(first.shape[0] * first.shape[1], dispatch)
+    exchanger = _Exchanger(TRANSPORTS[exchange.transport], exchange)
+    body = _Body(attend, exchanger)
+
     layers = (blocks, bias, _split(replay), _split(extras))
-    body = _make_body(attend, dispatch)
-    first_layer = jax.tree.map(lambda leaf: leaf[0], layers)
-    (_, _, in_flight), _ = jax.eval_shape(body, (first, second, None), first_layer)
-    start = jax.tree.map(_zeros, in_flight)
-    (first, second, in_flight), (reports, kept) = jax.lax.scan(remember(body), (first, second, start), layers)
-    second = _combine(blocks.moe, second, in_flight, dispatch)
+    one_layer = jax.tree.map(lambda leaf: leaf[0], layers)
+    computed = jax.tree.map(_zeros, jax.eval_shape(body.compute_one, first, one_layer))
+    (first, second, computed), (reports, kept) = jax.lax.scan(remember(body), (first, second, computed), layers)
+    with jax.named_scope("moe"):
+        second = exchanger.add(second, exchanger.send_back(computed), computed)
     return jnp.concatenate([first, second]), reports, kept
 
 
-def _make_body(attend: Attend, dispatch: DispatchConfig) -> Callable:
-    def body(carry, layer):
-        first, second, in_flight = carry
-        block, bias, replay, extras = layer
+@dataclasses.dataclass(frozen=True)
+class _Body:
+    """One layer of both micro-batches: (first, second, second's rows of the layer before) -> the same, a layer on."""
 
-        if in_flight is not None:
-            second = _combine(block.moe, second, in_flight, dispatch)
-        first, first_routed, first_report, first_kept = _enter(attend, block, first, bias, replay[0], extras[0], dispatch)
-        second, first, first_routed = jax.lax.optimization_barrier((second, first, first_routed))
+    attend: Attend
+    exchanger: _Exchanger
 
-        first_batches = _send(block.moe, first_routed, dispatch)
-        second, second_routed, second_report, second_kept = _enter(attend, block, second, bias, replay[1], extras[1], dispatch)
-        first_batches, second, second_routed = jax.lax.optimization_barrier((first_batches, second, second_routed))
+    def __call__(self, carry: tuple, layer: tuple) -> tuple[tuple, tuple]:
+        first, second, computed = carry
+        block, bias, replays, extras = layer
+        stages, experts = self.exchanger, block.moe.experts
+        with jax.named_scope("moe"):
+            came_back = stages.send_back(computed)
+        first, routed, report, kept = self._enter(block, first, bias, replays[0], extras[0])
+        came_back, first, routed = jax.lax.optimization_barrier((came_back, first, routed))
 
-        second_batches = _send(block.moe, second_routed, dispatch)
-        first_computed = _compute(block.moe, first_routed, first_batches)
-        second_batches, first_computed = jax.lax.optimization_barrier((second_batches, first_computed))
+        with jax.named_scope("moe"):
+            second = stages.add(second, came_back, computed)
+            arrived = stages.send(routed)
+        second, second_routed, second_report, second_kept = self._enter(block, second, bias, replays[1], extras[1])
+        arrived, second, second_routed = jax.lax.optimization_barrier((arrived, second, second_routed))
 
-        first = _combine(block.moe, first, first_computed, dispatch)
-        second_computed = _compute(block.moe, second_routed, second_batches)
-        first, second_computed = jax.lax.optimization_barrier((first, second_computed))
+        with jax.named_scope("moe"):
+            second_arrived = stages.send(second_routed)
+            first_computed = stages.compute(experts, routed, arrived)
+            second_arrived, first_computed = jax.lax.optimization_barrier((second_arrived, first_computed))
 
-        report = _merge_reports(first_report, second_report)
-        return (first, second, second_computed), (report, _join(first_kept, second_kept))
+            came_back = stages.send_back(first_computed)
+            computed = stages.compute(experts, second_routed, second_arrived)
+            came_back, computed = jax.lax.optimization_barrier((came_back, computed))
+            first = stages.add(first, came_back, first_computed)
+        return (first, second, computed), (_merge_reports(report, second_report), _join(kept, second_kept))
 
-    return body
+    def _enter(self, block: MoEBlock, x: Activations, bias: RouterBias, replay: Any, extra: Any) -> tuple:
+        """Attention, router and plan of one micro-batch; shared experts join the stream here."""
+        x, kept = self.attend(block.first, x, extra)
+        with jax.named_scope("moe"):
+            normed = block.norm(x)
+            tokens = normed.reshape(-1, normed.shape[-1])
+            routing = block.moe.route(tokens, bias, replay)
+            plan = self.exchanger.transport.plan(routing.choices, self.exchanger.exchange)
+            if block.moe.config.shared_experts:
+                x = x + block.moe.share(normed)
+        return x, _Routed(tokens, routing.weights, plan), block.moe.report(routing, plan.counts), kept
 
-
-def _enter(attend: Attend, block: MoEBlock, x: Activations, bias: RouterBias, replay, extra, dispatch):
-    """Attention, router and plan of one micro-batch; shared experts join the stream here."""
-    x, kept = attend(block.first, x, extra)
-    with jax.named_scope("moe"):
-        normed = block.norm(x)
-        tokens = normed.reshape(-1, normed.shape[-1])
-        exchange = block.moe.exchange(tokens.shape[0], dispatch)
-        routing = block.moe.route(tokens, bias, replay)
-        plan = TRANSPORTS[exchange.transport].plan(routing.choices, exchange)
-        if block.moe.config.shared_experts:
-            x = x + block.moe.share(normed)
-    return x, _Routed(tokens, routing.weights, plan), block.moe.report(routing, plan.counts), kept
-
-
-def _send(moe: MoE, routed: _Routed, dispatch: DispatchConfig) -> list[Any]:
-    exchange = moe.exchange(routed.tokens.shape[0], dispatch)
-    with jax.named_scope("moe"):
-        return TRANSPORTS[exchange.transport].send(routed.tokens, routed.plan, exchange)
-
-
-def _compute(moe: MoE, routed: _Routed, batches: list[Any]) -> _Computed:
-    with jax.named_scope("moe"):
-        outputs = [moe.experts(batch.rows, batch.groups) for batch in batches]
-    return _Computed(outputs, [batch._replace(rows=None) for batch in batches], routed.weights, routed.plan)
-
-
-def _combine(moe: MoE, x: Activations, computed: _Computed, dispatch: DispatchConfig) -> Activations:
-    exchange = moe.exchange(computed.weights.shape[0], dispatch)
-    with jax.named_scope("moe"):
-        bring_back = TRANSPORTS[exchange.transport].bring_back
-        rows = bring_back(computed.outputs, computed.batches, computed.weights, computed.plan, exchange)
-        return x + rows.reshape(x.shape)
+    def compute_one(self, x: Activations, layer: tuple) -> _Computed:
+        """Returns a micro-batch between its experts and its combine, for the shapes of the scan's start."""
+        block, bias, replays, extras = layer
+        _, routed, _, _ = self._enter(block, x, bias, replays[0], extras[0])
+        return self.exchanger.compute(block.moe.experts, routed, self.exchanger.send(routed))
 
 
 def _merge_reports(first: MoEReport, second: MoEReport) -> MoEReport:

@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Float32, Int32
 
 from moe_ep.config import DispatchConfig, ModelConfig
+from moe_ep.dispatch.exchange import CROSSED
 from moe_ep.model.block import AttentionHalf, DenseBlock, MoEBlock
 from moe_ep.model.moe import MoEReport
 from moe_ep.model.norm import RMSNorm
@@ -114,7 +115,7 @@ def _scan_halves(
 
 _OVERLAPS = {"none": _scan_whole, "chunks": _scan_whole, "staggered": _scan_halves}
 
-_KEEP = jax.checkpoint_policies.save_only_these_names("dispatched", "expert_outputs")
+_KEEP = jax.checkpoint_policies.save_only_these_names(CROSSED)
 _REMAT: dict[str, Callable] = {
     "none": lambda step: step,
     "keep_dispatch": lambda step: jax.checkpoint(step, policy=_KEEP, prevent_cse=False),

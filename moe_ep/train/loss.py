@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float32, Int32
 
+from moe_ep.config import DispatchConfig
 from moe_ep.model.moe import MoEReport
 from moe_ep.model.transformer import Transformer
 from moe_ep.shapes import Logits, Scalar, Tokens
@@ -31,6 +32,7 @@ def local_loss(
     bias: Float32[Array, "L E"],
     replay: Int32[Array, "L t K"] | None,
     *,
+    dispatch: DispatchConfig,
     global_tokens: int,
     z_loss: float,
 ) -> tuple[Scalar, LossReport]:
@@ -41,10 +43,11 @@ def local_loss(
       tokens: sequences with one token more than the model sees; targets are shifted by one.
       bias: the balance bias of every MoE layer.
       replay: router choices to use instead of the routers' own.
+      dispatch: how rows travel, and the waves of this program.
       global_tokens: targets of the whole batch on all devices.
       z_loss: weight of mean logsumexp(router logits)^2 (ST-MoE, arXiv:2202.08906).
     """
-    hidden, layers = model(tokens[:, :-1], bias, replay)
+    hidden, layers = model(tokens[:, :-1], bias, dispatch, replay)
     total = jnp.sum(cross_entropy(model.logits(hidden), tokens[:, 1:]))
     loss = (total + z_loss * jnp.sum(layers.z_loss)) / global_tokens
     return loss, LossReport(total, layers)

@@ -24,12 +24,12 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
     bias: Float32[Array, "L E"]  # the balance bias, outside the optimizer
     load: Int32[Array, "L E"]  # assignments since the bias last moved
-    balance_interval: Int32[Array, ""]  # steps between moves
+    balance_interval: Int32[Array, ""]  # steps between moves; 0 until an interval in ms is measured
 
 
 def make_state(config: Config, platform: str) -> TrainState:
     """Returns the state before the first step; traced, it allocates nothing."""
-    parameters = Transformer(jax.random.key(config.seed), for_platform(config.model, platform), config.dispatch)
+    parameters = Transformer(jax.random.key(config.seed), for_platform(config.model, platform))
     layers_experts = (config.model.moe_layers, config.model.moe.num_experts)
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix types
         optimizer = make_optimizer(config.train.optimizer, config.train.steps).init(parameters)
@@ -39,7 +39,7 @@ def make_state(config: Config, platform: str) -> TrainState:
         optimizer=optimizer,
         bias=jnp.zeros(layers_experts, jnp.float32),
         load=jnp.zeros(layers_experts, jnp.int32),
-        balance_interval=jnp.int32(config.balance.interval_steps),
+        balance_interval=jnp.int32(0 if config.balance.interval_ms else config.balance.interval_steps),
     )
 
 

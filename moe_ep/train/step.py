@@ -88,7 +88,13 @@ def make_gradients(config: Config, specs: Transformer, mesh: Mesh) -> Callable:
 
         def loss(parameters, tokens, replay):
             return local_loss(
-                parameters, tokens, bias, replay, global_tokens=global_tokens, z_loss=train.router_z_loss
+                parameters,
+                tokens,
+                bias,
+                replay,
+                dispatch=config.dispatch,
+                global_tokens=global_tokens,
+                z_loss=train.router_z_loss,
             )
 
         def add_micro_batch(total, micro_batch):
@@ -146,7 +152,7 @@ def make_step(config: Config, mesh: Mesh) -> Callable:
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
             parameters = optax.apply_updates(state.parameters, updates)
         load, step_done = state.load + report.expert_counts, state.step + 1
-        due = step_done % state.balance_interval == 0
+        due = step_done % jnp.maximum(state.balance_interval, 1) == 0
         moved = balance.update(state.bias, load, config.balance, unit)
         after = state._replace(
             step=step_done,
@@ -171,7 +177,9 @@ def make_evaluate(config: Config, mesh: Mesh) -> Callable:
 
     def on_device(parameters, tokens, bias) -> tuple[Float32[Array, ""], Count]:
         parameters, bias = vary(parameters), vary(bias)
-        _, report = local_loss(parameters, tokens, bias, None, global_tokens=global_tokens, z_loss=0.0)
+        _, report = local_loss(
+            parameters, tokens, bias, None, dispatch=config.dispatch, global_tokens=global_tokens, z_loss=0.0
+        )
         summary = _summarize(jax.tree.map(lambda leaf: leaf[None], report), global_tokens)
         return summary.loss, summary.dispatch.waves_needed
 

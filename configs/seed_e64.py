@@ -1,0 +1,17 @@
+"""The reference model, 64 experts a layer, one per GPU: 64 GPUs, EP = 64.
+
+    python -m moe_ep.run --mode=aot --config=configs/seed_e64.py
+    python -m moe_ep.run --mode=simulate --config=configs/seed_e64.py
+
+Memory: 54.7 GB of BF16 weights a GPU (experts 30.7, attention 21.1, dense 1.6,
+embeddings 1.4); training with Adam needs about 440 GB a GPU and fits no GPU here.
+"""
+
+from moe_ep.config import ClusterConfig, Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+
+config = Config(
+    model=ModelConfig(moe=MoEConfig(num_experts=64)),
+    mesh=MeshConfig(data=1, expert=64),
+    cluster=ClusterConfig(gpu="paper_h100", gpus_per_node=8, nics_per_node=8),
+    train=TrainConfig(batch_sequences=64, sequence=1024),
+)

@@ -1,0 +1,35 @@
+"""Full-size experts on one 141 GB GPU: 8 experts a layer, EP = 1, trained with AdamW.
+
+    python -m moe_ep.run --config=configs/single_gpu.py --set data.path=TEXT_OR_JSONL
+
+Memory: 5.5 G parameters x 16 bytes (float32 weights, gradients, Adam's moments) = 88 GB,
+and the activations of 8,192 tokens.
+"""
+
+from moe_ep.config import (
+    AttentionConfig,
+    ClusterConfig,
+    Config,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+config = Config(
+    model=ModelConfig(
+        layers=3,
+        dense_layers=1,
+        attention=AttentionConfig(latent_dim=512, nope_dim=56, rope_dim=64),
+        moe=MoEConfig(num_experts=8, top_k=2),
+    ),
+    mesh=MeshConfig(data=1, expert=1),
+    cluster=ClusterConfig(gpu="h200", nic_gigabits_per_s=400.0),
+    train=TrainConfig(
+        steps=100,
+        batch_sequences=4,
+        sequence=2048,
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=20),
+    ),
+)

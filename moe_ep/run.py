@@ -1,0 +1,143 @@
+"""The command line: flags -> config -> one mode.
+
+python -m moe_ep.run --mode=train --config=configs/cpu8_tiny.py --set train.steps=100 --devices=8
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from moe_ep import override
+from moe_ep.config import Config, ConfigError, check, cpu8_tiny
+
+_MOST_EMULATED = 1024
+
+
+def _train(config: Config, workdir: Path) -> dict:
+    from moe_ep.mesh import make_mesh
+    from moe_ep.train.loop import train
+
+    mesh = make_mesh(config.mesh, config.cluster, config.model.moe.num_experts)
+    return train(config, mesh, workdir)
+
+
+def _aot(config: Config, workdir: Path) -> dict:
+    from moe_ep.aot.main import aot
+
+    return aot(config, workdir)
+
+
+def _simulate(config: Config, workdir: Path) -> dict:
+    from moe_ep.simulate.main import simulate
+
+    return simulate(config, workdir)
+
+
+def _claims(config: Config, workdir: Path) -> dict:
+    from moe_ep.simulate.main import claims
+
+    return claims(config, workdir)
+
+
+MODES: dict[str, Callable[[Config, Path], dict]] = {
+    "train": _train,
+    "aot": _aot,
+    "simulate": _simulate,
+    "claims": _claims,
+}
+
+_MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
+_CONFIG = flags.DEFINE_string("config", None, "A Python file that sets config = Config(...); cpu8_tiny without it.")
+_SET = flags.DEFINE_multi_string("set", [], "A field of the config and its value, a.b=value; may be repeated.")
+_DEVICES = flags.DEFINE_integer(
+    "devices", 0, "Emulate so many CPU devices; 0 takes the real ones.", lower_bound=0, upper_bound=_MOST_EMULATED
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; the same one resumes. A new one under runs/ without it.")
+_JSON = flags.DEFINE_string("json", None, "Also write the result as one JSON object; - for standard output, alone on it.")
+
+
+def _choose_devices(emulated: int) -> None:
+    """Settles what jax will see; must run before jax is imported."""
+    if emulated:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["XLA_FLAGS"] = " ".join([
+            os.environ.get("XLA_FLAGS", ""),
+            f"--xla_force_host_platform_device_count={emulated}",
+            # Emulated devices share the cores: the last may reach a collective long after the first.
+            "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+            "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        ])  # fmt: skip
+    elif not Path("/dev/nvidiactl").exists():
+        # With jax[cuda12] installed and no GPU, jax would print its plugin's traceback.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _load_config() -> Config:
+    config = override.load(_CONFIG.value) if _CONFIG.value else cpu8_tiny()
+    return check(override.apply(config, _SET.value))
+
+
+def _workdir() -> Path:
+    if _WORKDIR.value:
+        return Path(_WORKDIR.value)
+    name = Path(_CONFIG.value).stem if _CONFIG.value else "cpu8_tiny"
+    return Path("runs") / f"{_MODE.value}-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+
+
+def _write_json(result: dict, target: str, stdout) -> None:
+    text = json.dumps(result, indent=2)
+    if target == "-":
+        print(text, file=stdout)
+        return
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    Path(target).write_text(text + "\n", encoding="utf-8")
+
+
+def _check_json_target(target: str | None) -> None:
+    if target and target != "-" and Path(target).is_dir():
+        raise ConfigError(f"--json={target}: allowed is a file's path or - for standard output, this is a directory")
+
+
+def main(_: list[str]) -> None:
+    stdout = sys.stdout
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save
+    try:
+        _check_json_target(_JSON.value)
+        config = _load_config()
+        _choose_devices(_DEVICES.value)
+        # With --json=- standard output carries the object alone; tables go to standard error.
+        quiet = contextlib.redirect_stdout(sys.stderr) if _JSON.value == "-" else contextlib.nullcontext()
+        with quiet:
+            result = MODES[_MODE.value](config, _workdir())
+        if _JSON.value:
+            _write_json(result, _JSON.value, stdout)
+    except ConfigError as error:
+        _refuse(str(error))
+
+
+def _refuse(message: str) -> None:
+    """Ends with exit code 2 and one line."""
+    print("moe_ep: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        _refuse(str(error))
+    if len(rest) > 1:
+        _refuse(f"{rest[1]}: allowed are flags only, " + ", ".join("--" + name for name in _FLAG_NAMES))
+    return rest
+
+
+_FLAG_NAMES = ("mode", "config", "set", "devices", "workdir", "json")
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

@@ -1,0 +1,104 @@
+"""One step's promises: waves, drops, non-finite gradients, accumulation, the balance rules."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import batch, largest_error, make_config, mesh_of
+
+from moe_ep.config import BalanceConfig
+from moe_ep.train import balance
+from moe_ep.train.state import init_state
+from moe_ep.train.step import make_gradients, make_step, parameter_specs
+from moe_ep.train.waves import Waves
+
+
+def test_a_step_whose_routing_does_not_fit_changes_nothing():
+    config = make_config(margin_sigmas=0.0)
+    mesh = mesh_of(config, 8)
+    before = [np.asarray(leaf) for leaf in jax.tree.leaves(init_state(config, mesh))]
+    after, report = make_step(config, mesh)(init_state(config, mesh), batch(config, mesh))
+    assert not report.fits
+    assert report.batch.dispatch.waves_needed > 1
+    for old, new in zip(before, jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(old, np.asarray(new))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    config = make_config()
+    mesh = mesh_of(config, 2)
+    state = init_state(config, mesh)
+    state.parameters.head[...] = state.parameters.head[...].at[0, 0].set(jnp.inf)
+    before = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    after, report = make_step(config, mesh)(state, batch(config, mesh))
+    assert not report.finite
+    for old, new in zip(before, jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(old, np.asarray(new))
+
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch():
+    config = make_config()
+    mesh = mesh_of(config, 4)
+    state, tokens = init_state(config, mesh), batch(config, mesh)
+    specs = parameter_specs(config, mesh)
+
+    def gradients(accumulation):
+        changed = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=accumulation))
+        return jax.jit(make_gradients(changed, specs, mesh))(state.parameters, tokens, state.bias, None)
+
+    (whole, whole_report), (parts, parts_report) = gradients(1), gradients(2)
+    assert largest_error(parts, whole) < 1e-5
+    np.testing.assert_array_equal(parts_report.expert_counts, whole_report.expert_counts)
+    assert abs(float(parts_report.loss - whole_report.loss)) < 1e-5
+
+
+def test_counts_are_of_all_devices():
+    config = make_config()
+    mesh = mesh_of(config, 4, data=2)
+    _, report = make_step(config, mesh)(init_state(config, mesh), batch(config, mesh))
+    counts = np.asarray(report.batch.expert_counts)
+    assert counts.dtype == np.int32
+    np.testing.assert_array_equal(counts.sum(axis=1), [16 * 16 * 2] * 2)
+    chosen = np.asarray(report.batch.choices)[0]
+    for layer in range(2):
+        np.testing.assert_array_equal(counts[layer], np.bincount(chosen[layer].reshape(-1), minlength=16))
+
+
+COUNTS = jnp.array([[40841, 40840, 40839, 40840]], jnp.int32)
+
+
+def test_load_fraction_moves_by_the_relative_excess():
+    bias = jnp.array([[0.0, 0.1, 0.0, 0.0]], jnp.float32)
+    counts = jnp.array([[30, 10, 0, 0]], jnp.int32)
+    moved = balance.update(bias, counts, BalanceConfig("load_fraction", rate=0.5), mean_score=0.25)
+    np.testing.assert_allclose(moved, [[-0.25, 0.1, 0.125, 0.125]], rtol=1e-6)
+
+
+def test_sign_sees_a_difference_of_one():
+    moved = balance.update(jnp.zeros((1, 4), jnp.float32), COUNTS, BalanceConfig("sign", rate=0.5), mean_score=9.0)
+    np.testing.assert_array_equal(moved, [[-0.5, 0.0, 0.5, 0.0]])
+
+
+def test_interval_is_whole_steps_and_at_least_one():
+    assert balance.interval_from_ms(100.0, 26.0) == 4
+    assert balance.interval_from_ms(1.0, 26.0) == 1
+
+
+def test_waves_grow_at_once_and_shrink_after_a_calm():
+    waves = Waves(1, calm_steps=3)
+    assert not waves.accept(3)
+    assert waves.current == 4
+    assert [waves.accept(needed) for needed in (2, 2, 3, 1, 2)] == [True] * 5
+    assert waves.current == 4
+    assert waves.accept(2)
+    assert waves.current == 2
+
+
+@pytest.mark.parametrize("needed", [1, 2])
+def test_one_wave_is_the_least(needed):
+    waves = Waves(2, calm_steps=1)
+    for _ in range(5):
+        assert waves.accept(needed)
+    assert waves.current == (1 if needed == 1 else 2)
