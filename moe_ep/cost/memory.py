@@ -21,7 +21,9 @@ class MemoryPlan:
       cached_tokens: tokens whose keys and values stay on this GPU.
       buffer_rows: rows of all (source, destination) buffers in flight, one direction.
       expert_rows: rows of the compact buffer that the experts read at once.
-      saved_layers: layers whose activations a training step keeps for its backward pass.
+      saved_layers: layers of all micro-batches in flight whose activations a training
+        step keeps for its backward pass.
+      remat: what that pass computes again (ModelConfig.remat), so need not be kept.
     """
 
     model: ModelConfig
@@ -36,6 +38,7 @@ class MemoryPlan:
     buffer_rows: Number
     expert_rows: Number
     saved_layers: Number = 0.0
+    remat: str = "keep_dispatch"
 
 
 def parameters_per_gpu(plan: MemoryPlan) -> dict[str, Number]:
@@ -73,12 +76,32 @@ def bytes_per_gpu(plan: MemoryPlan) -> dict[str, Number]:
 
 
 def _activations(plan: MemoryPlan) -> Number:
-    """The residual stream, one attention block's inputs, and what training saves of each layer."""
+    """The residual stream, one attention block's inputs, the logits of training, and what it saves of each layer."""
     model, attention = plan.model, plan.model.attention
     heads = attention.heads * (2 * attention.query_dim + 2 * attention.value_dim)
     block = plan.tokens * 2 * (4 * model.width + heads + attention.cache_dim)
     logits = plan.tokens * model.vocabulary * 4 if plan.training else 0.0
-    return block + logits + plan.saved_layers * plan.tokens * model.width * 2
+    return block + logits + plan.saved_layers * _SAVED[plan.remat](plan, block)
+
+
+def _saved_residual(plan: MemoryPlan, block: Number) -> Number:
+    """The input of the block."""
+    return plan.tokens * plan.model.width * 2
+
+
+def _saved_rows(plan: MemoryPlan, block: Number) -> Number:
+    """Also what crossed the network: received rows and returned results of the MoE layers."""
+    share = plan.model.moe_layers / plan.model.layers
+    return _saved_residual(plan, block) + share * 2 * plan.buffer_rows * plan.model.width * 2
+
+
+def _saved_all(plan: MemoryPlan, block: Number) -> Number:
+    """Everything: attention's inputs, the rows, and the experts' hidden rows."""
+    gate = 2 if plan.model.moe.activation == "silu_gated" else 1
+    return block + _saved_rows(plan, block) + plan.expert_rows * (1 + gate) * plan.model.moe.hidden * 2
+
+
+_SAVED = {"block": _saved_residual, "keep_dispatch": _saved_rows, "none": _saved_all}
 
 
 def _buffers(plan: MemoryPlan) -> Number:

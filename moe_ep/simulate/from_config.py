@@ -65,7 +65,7 @@ def scenario_of(config: Config) -> Scenario:
         workload=workload,
         routing=make_routing(simulate.routing, model.moe.num_experts, model.moe.top_k, config.seed),
         stack=ASSUMED if simulate.efficiency == "assumed" else own_stack(),
-        remat=model.remat != "none",
+        remat=model.remat,
         ignore_memory=simulate.ignore_memory,
     )
     return check(scenario if workload.tokens else with_most_that_fits(scenario))

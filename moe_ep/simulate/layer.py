@@ -138,6 +138,9 @@ def make_block(scenario: Scenario, layer: int, tokens: Number, chunks: int, back
     precision, fabric, parameters = scenario.stack.precision, scenario.fabric, scenario.stack.network
     out = traffic(scenario, load, part, precision.dispatch_bytes_per_value)
     back = traffic(scenario, load, part, precision.combine_bytes_per_value).reversed()
+    # Rows cross again where the backward pass computes whole blocks again.
+    crossings = 2 if backward and scenario.remat == "block" else 1
+    out, back = out.scaled(crossings), back.scaled(crossings)
     return Block(
         attention=attention_seconds(scenario, tokens, backward, overlapped),
         dispatch=network.all_to_all_seconds(out, fabric, parameters),
@@ -187,7 +190,7 @@ def expert_seconds(scenario: Scenario, rows: np.ndarray, backward: bool, overlap
 def with_backward(scenario: Scenario, calls: list[Work], backward: bool, overlapped: bool) -> Number:
     if not backward:
         return seconds_of(scenario, calls, overlapped)
-    again = calls if scenario.remat else []
+    again = [] if scenario.remat == "none" else calls
     return seconds_of(scenario, work.backward(calls) + again, overlapped)
 
 

@@ -66,7 +66,8 @@ def _walk(config: Config) -> dict[str, typing.Any]:
 
     stack = ASSUMED if config.simulate.efficiency == "assumed" else own_stack()
     document = schedule.load(config.simulate.schedule)
-    return schedule.walk(document, fabric_of(config.cluster), stack.kernels, stack.network)
+    share = config.simulate.expert_row_share
+    return schedule.walk(document, fabric_of(config.cluster), stack.kernels, stack.network, share)
 
 
 def as_json(scenario: Scenario, prediction: Prediction) -> dict[str, typing.Any]:

@@ -175,5 +175,6 @@ def memory_of(scenario: Scenario) -> dict[str, Number]:
             buffer_rows=buffered * batches,
             expert_rows=buffered,
             saved_layers=model.layers / layout.pp * in_flight if training else 0.0,
+            remat=scenario.remat,
         )
     )

@@ -135,7 +135,7 @@ class Scenario:
     workload: Workload
     routing: Routing
     stack: Stack
-    remat: bool = False  # training computes the forward pass again
+    remat: str = "none"  # what the backward pass computes again, as ModelConfig.remat
     ignore_memory: bool = False
 
     @property

@@ -80,8 +80,15 @@ def walk(
     fabric: Fabric,
     kernels: KernelTable | AssumedKernels,
     parameters: NetworkParameters,
+    expert_row_share: Number = 1.0,
 ) -> dict[str, typing.Any]:
-    """Returns step, compute and network seconds, what is hidden of each scope's collectives, and the bottleneck."""
+    """Returns step, compute and network seconds, what is hidden of each scope's collectives, and the bottleneck.
+
+    Args:
+      expert_row_share: the share of the experts' rows that hold tokens, where their
+        kernels skip the others; 1 times every row that the program allocates.
+    """
+    schedule = {**schedule, "expert_row_share": expert_row_share}
     result = _walk_computation(schedule, schedule["entry"], fabric, kernels, parameters)
     step = max(result.compute_free, result.network_free)
     total, exposed = sum(result.network.values()), sum(result.exposed.values())
@@ -114,7 +121,7 @@ def _walk_computation(schedule, name: str, fabric: Fabric, kernels, parameters: 
             body = _walk_computation(schedule, instruction["body"], fabric, kernels, parameters)
             state.scaled_onto(body, instruction.get("trip_count", 1))
         elif kind == "compute":
-            seconds = sum(kernels.seconds(work, fabric.gpu) for work in _works(instruction))
+            seconds = sum(kernels.seconds(work, fabric.gpu) for work in _works(instruction, schedule["expert_row_share"]))
             state.compute_free += seconds
             state.compute += seconds
         elif kind == "collective_done":
@@ -140,15 +147,20 @@ def _wait(state: Walk, end: Number, scope: str) -> None:
     state.compute_free += waited
 
 
-def _works(instruction: dict) -> list[Work]:
+def _works(instruction: dict, expert_row_share: Number) -> list[Work]:
     """An instruction as kernel calls; bytes beyond the products' own operands are a pass of their own."""
+    share = expert_row_share if instruction.get("scope", "").split("/")[-1] == "experts" else 1.0
     dtype = "fp8" if instruction.get("dtype", "").startswith("f8") else "bf16"
     if attention := instruction.get("attention"):
         op = "attention_backward" if attention["backward"] else "attention"
         shape = (attention["context"], attention["head_dim"])
         return [Work(op, "bf16", attention["flops"], instruction["bytes"], shape)]
-    products = [gemm(m, k, n, dtype, batch) for m, n, k, batch in instruction.get("gemms") or _assumed(instruction)]
-    rest = instruction["bytes"] - sum(work.bytes for work in products)
+    known = instruction.get("gemms") or _assumed(instruction)
+    products = [gemm(m * share, k, n, dtype, batch) for m, n, k, batch in known]
+    weights = sum(batch * k * n * 2 for _, n, k, batch in known)
+    # Rows shrink, weights do not.
+    touched = weights + (instruction["bytes"] - weights) * share
+    rest = touched - sum(work.bytes for work in products)
     return products + ([memory_pass(rest)] if rest > 0 else [])
 
 
