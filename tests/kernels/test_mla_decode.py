@@ -84,7 +84,7 @@ def test_pages_in_any_order_are_the_contiguous_cache():
 INTERPRETED = {
     "one_piece": ((200,), mosaic.Tiling(pieces=1, piece_steps=4, cluster=2), {"cached": 256, "heads": 128}),
     "pieces_of_pages": (
-        (70, 0, 1, 128),
+        (70, 0),
         mosaic.Tiling(pieces=2, piece_steps=1),
         {"cached": 128, "page": 64, "dtype": jnp.float16},
     ),
@@ -139,7 +139,7 @@ def full_size_shapes(sequences, latent, rope, page=None, sharding=None, heads=12
     )
 
 
-@pytest.mark.parametrize("sequences, latent, page", [(64, 512, None), (1, 512, None), (8, 512, 64), (8, 384, 256)])
+@pytest.mark.parametrize("sequences, latent, page", [(64, 512, None), (1, 512, 64), (8, 384, 256)])
 def test_the_kernel_lowers_for_cuda_at_full_size(sequences, latent, page):
     shapes = full_size_shapes(sequences, latent, 64, page)
     lowered = jax.jit(lambda *args: mosaic.mla_decode(*args, SCALE)).trace(*shapes).lower(lowering_platforms=("cuda",))

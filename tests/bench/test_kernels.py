@@ -1,0 +1,128 @@
+"""The benchmarks measure what they say, at tiny sizes, and judge by the goals."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_ep import mesh
+from moe_ep.bench import correctness, kernel_cases, kernels, moe_layer, report, timing
+from moe_ep.bench.kernel_cases import Case, Goal
+from moe_ep.bench.timing import Contender, Times
+from moe_ep.config import ClusterConfig, DispatchConfig, MeshConfig
+
+PROVENANCE = {"kind": "tiny", "device": "cpu", "date": "today", "commit": "none", "versions": {"jax": "0"}, "command": "x"}
+
+
+def times(seconds):
+    return Times(seconds, (seconds, seconds), 3, 3)
+
+
+def test_samples_are_taken_in_turns():
+    launched = []
+    contenders = {name: Contender(lambda name=name: launched.append(name), lambda out: out) for name in ("a", "b")}
+    measured = timing.measure_in_turns(contenders, samples=4, sample_seconds=0.0)
+    calls = measured["a"].calls
+    assert launched[-4 * 2 * calls :] == (["a"] * calls + ["b"] * calls) * 4
+    assert measured["a"].samples == 4 and measured["a"].quartiles[0] <= measured["a"].median <= measured["a"].quartiles[1]
+
+
+@pytest.mark.parametrize(
+    "goal, ours, achieved, met",
+    [
+        (Goal("speedup", 1.5, ("slow", "fast")), 2.0, 1.5, True),
+        (Goal("speedup", 1.5, ("slow",)), 4.0, 1.25, False),
+        (Goal("speedup", 1.5, ("absent",)), 4.0, None, None),
+        (Goal("bandwidth", 0.9), 1.0, 0.8, False),
+        (Goal("time", 1.05, ("fast",)), 3.0, 1.0, True),
+        (Goal("time", 1.05, ("fast",)), 3.3, 1.1, False),
+    ],
+)
+def test_goals_are_judged_against_the_fastest_rival_or_the_bandwidth(goal, ours, achieved, met):
+    measured = {"ours": times(ours), "fast": times(3.0), "slow": times(5.0)}
+    value = kernels.achievement(goal, 8.0, measured, bandwidth=10.0)
+    assert value == (None if achieved is None else pytest.approx(achieved))
+    assert kernels.is_met(goal, value) is met
+
+
+def test_a_wrong_output_is_not_timed():
+    right, wrong = jnp.ones(4), jnp.array([1.0, 1.0, 1.0, jnp.nan])
+    contenders = {name: Contender(lambda out=out: out, jax.block_until_ready) for name, out in {"ours": wrong, "xla": right}.items()}
+    outputs = dict.fromkeys(contenders, lambda out: out)
+    case = Case("row", 1.0, 1.0, Goal("speedup", 1.0, ("xla",)), contenders, lambda: right, outputs)
+    record = kernels.measure(case, samples=2, sample_seconds=0.0, bandwidth=1.0)
+    assert record["contenders"]["ours"] == {"error": float("inf")}
+    assert record["contenders"]["xla"]["error"] == 0 and record["achieved"] is None
+    assert "wrong" in kernels.as_markdown({**PROVENANCE, "copy_bytes_per_s": {"xla": 1.0}, "rows": [record]})
+
+
+def test_relative_error_takes_the_worst_of_several_arrays():
+    expected = (jnp.array([3.0, 4.0]), jnp.array([1.0]))
+    assert correctness.relative_error((expected[0], jnp.array([1.5])), expected) == pytest.approx(0.5)
+
+
+def test_the_rows_are_those_of_the_goal_table():
+    rows = {row for row, _ in kernel_cases.cases(kernel_cases.FULL, seed=0)}
+    assert {row.split()[0] for row in rows} == {
+        "gemm1_gelu", "mlp_forward", "mlp_forward_backward", "grouped_gelu", "grouped_wgrad", "mlp_decode",
+        "mla_decode", "gather", "combine", "half_valid_buffer",
+    }  # fmt: skip
+    assert {"grouped_gelu G=16", "mla_decode 512+64", "mlp_decode M=64", "gemm1_gelu M=8192"} < rows
+
+
+def test_rows_run_and_every_contender_is_right(tmp_path):
+    chosen = ["grouped_wgrad", "mlp_decode", "mla", "combine", "half_valid_buffer"]
+    result = {**PROVENANCE, **kernels.run("tiny", chosen, seed=3, samples=2, sample_seconds=0.0)}
+    assert [record["row"].split()[0] for record in result["rows"]] == [
+        "grouped_wgrad", "mlp_decode", "mla_decode", "combine", "half_valid_buffer"
+    ]  # fmt: skip
+    for record in result["rows"]:
+        assert all(contender["error"] < kernels.LARGEST_ERROR for contender in record["contenders"].values()), record
+        assert record["met"] is None and not record["unavailable"]
+    paths = report.write(str(tmp_path), report.file_stem("kernels"), result, kernels.as_markdown(result))
+    assert [path.name for path in paths] == ["kernels_cpu.json", "kernels_cpu.md"]
+    assert len(json.loads(paths[0].read_text())["rows"]) == len(result["rows"])
+
+
+def test_full_sizes_without_a_gpu_end_with_code_2_and_one_line():
+    command = [sys.executable, "-m", "moe_ep.bench.kernels", "--rows=combine"]
+    ended = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("--sizes=full: needs a GPU, this is cpu")
+
+
+def test_the_layer_that_is_measured_is_the_model_s():
+    layer = moe_layer.make_layer(moe_layer.SIZES["tiny"], seed=5)
+    one = mesh.make_mesh(MeshConfig(1, 1), ClusterConfig(), layer.exchange.experts, jax.local_devices()[:1])
+    bias = jnp.zeros(layer.exchange.experts, jnp.float32)
+
+    def model(module, tokens):
+        return module(tokens[None], bias, DispatchConfig())[0][0]
+
+    specs = {"mesh": one, "in_specs": mesh.REPLICATED, "out_specs": mesh.REPLICATED, "check_vma": False}
+    expected = jax.jit(jax.shard_map(model, **specs))(layer.module, layer.tokens)
+    out = jax.jit(moe_layer.whole, static_argnums=0)(layer.exchange, layer.module, layer.tokens)
+    assert correctness.relative_error(out, expected) < 1e-2
+
+
+def test_the_layer_is_measured_whole_and_by_stage():
+    result = moe_layer.run(moe_layer.SIZES["tiny"], seed=5, samples=2, sample_seconds=0.0)
+    names = {name.split()[0] for name in result["stages"]}
+    assert names == {"router", "permute", "experts", "combine"}
+    result = {**PROVENANCE, **result, "verdict": moe_layer.judge(result)}
+    for verdict in result["verdict"].values():
+        assert 0 < verdict["experts_share"] < 1 and verdict["speedup"] is None
+    assert "| experts forward+backward |" in moe_layer.as_markdown(result)
+
+
+def test_the_experts_share_and_the_speedup_are_of_the_same_direction():
+    stages = {f"{stage} {way}": {"seconds": 1.0 + (stage == "experts")} for stage in ("router", "experts") for way in ("forward", "forward+backward")}
+    layers = {"ours forward": 2.0, "ours forward+backward": 6.0, "torch forward": 3.0, "torch forward+backward": 6.6}
+    verdict = moe_layer.judge({"stages": stages, "times": {name: {"seconds": value} for name, value in layers.items()}})
+    assert verdict["forward"]["speedup"] == 1.5 and verdict["forward+backward"]["speedup"] == pytest.approx(1.1)
+    np.testing.assert_allclose(verdict["forward"]["experts_share"], 2 / 3)
