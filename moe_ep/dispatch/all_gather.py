@@ -82,14 +82,14 @@ def plan(choices: Choices, exchange: Exchange) -> Plan:
     return Plan(jnp.stack(assignment_of_row), row_of_assignment.reshape(choices.shape), groups, dispatched)
 
 
-def send_rows(tokens: TokenRows, plan: Plan, exchange: Exchange) -> TokenRows:
+def send_rows(tokens: TokenRows, plan: Plan, exchange: Exchange) -> Rows:
     """Gathers all devices' tokens, once for all slices."""
     del plan
     with jax.named_scope("dispatch"):
         return _gather(tokens, exchange)
 
 
-def receive(everyones: TokenRows, plan: Plan, exchange: Exchange) -> list[Batch]:
+def receive(everyones: Rows, plan: Plan, exchange: Exchange) -> list[Batch]:
     """Lays out each slice's rows for the experts."""
     rows = plan.assignment_of_row.shape[1]
     batches = []
