@@ -1,0 +1,137 @@
+"""The compiler's schedule as plain data: what is issued, in which order, with which FLOPs and bytes.
+
+The dictionary (format "moe_ep.schedule/1") is also what the simulator reads. A
+computation is the list of its instructions in issue order; numbers are per GPU and
+per single execution, loops carry their trip count.
+"""
+
+import dataclasses
+
+from moe_ep.aot.collectives import is_backward, read_collective, scope_of
+from moe_ep.aot.hlo import Computation, Instruction, Module, is_done, is_start, trip_count
+from moe_ep.aot.work import FREE_OPCODES, Work, work_of
+from moe_ep.config import ClusterConfig
+
+FORMAT = "moe_ep.schedule/1"
+
+
+def read_schedule(
+    module: Module, cluster: ClusterConfig, *, gpus: int, program: str, tokens_per_gpu: int, expected_row_share: float = 1.0
+) -> dict:
+    """Returns the schedule of a compiled module.
+
+    Args:
+      module: the parsed module.
+      cluster: where it runs; nodes decide which bytes cross them.
+      gpus: of the program.
+      program: its name, reported only.
+      tokens_per_gpu: reported only.
+      expected_row_share: the share of an expert kernel's rows that hold tokens under
+        even routing; kernels skip the tiles of the others.
+    """
+    reader = _Reader(module, cluster, gpus, expected_row_share)
+    reader.read(module.entry)
+    return {
+        "format": FORMAT,
+        "program": program,
+        "gpus": gpus,
+        "gpus_per_node": cluster.gpus_per_node,
+        "gpu": cluster.gpu,
+        "tokens_per_gpu": tokens_per_gpu,
+        "entry": module.entry.name,
+        "computations": reader.computations,
+    }
+
+
+class _Reader:
+    """Collects the computations that the entry reaches."""
+
+    def __init__(self, module: Module, cluster: ClusterConfig, gpus: int, expected_row_share: float):
+        self.module, self.cluster, self.gpus = module, cluster, gpus
+        self.expected_row_share = expected_row_share
+        self.computations: dict[str, list[dict]] = {}
+
+    def read(self, computation: Computation) -> str:
+        if computation.name not in self.computations:
+            self.computations[computation.name] = []
+            entries = (self._entry(computation, instruction) for instruction in computation.instructions)
+            self.computations[computation.name] = [entry for entry in entries if entry is not None]
+        return computation.name
+
+    def _entry(self, computation: Computation, instruction: Instruction) -> dict | None:
+        if instruction.opcode == "while":
+            body = self.read(self.module.callee(instruction, "body"))
+            trips = trip_count(self.module, instruction)
+            return {"kind": "loop", "name": instruction.name, "body": body, "trip_count": trips}
+        if instruction.opcode == "call":
+            body = self.read(self.module.callee(instruction, "to_apply"))
+            return {"kind": "call", "name": instruction.name, "body": body}
+        if is_done(instruction):
+            return self._done(computation, instruction)
+        collective = read_collective(
+            self.module, computation, instruction, gpus=self.gpus, gpus_per_node=self.cluster.gpus_per_node
+        )
+        if collective is None:
+            return self._compute(computation, instruction)
+        asynchronous = is_start(instruction) and not _is_synchronous(instruction)
+        return {
+            "kind": "collective_start" if asynchronous else "collective",
+            "name": collective.name,
+            "op": collective.op,
+            "bytes": collective.payload_bytes,
+            "group_size": collective.group_size,
+            "group_stride": collective.group_stride,
+            "scope": collective.scope,
+            "backward": collective.is_backward,
+            "groups": collective.groups,
+            "sent_same_node_bytes": collective.sent_same_node_bytes,
+            "sent_other_node_bytes": collective.sent_other_node_bytes,
+        }
+
+    def _done(self, computation: Computation, instruction: Instruction) -> dict | None:
+        start = computation.by_name[instruction.operands[0]]
+        is_collective = read_collective(
+            self.module, computation, start, gpus=self.gpus, gpus_per_node=self.cluster.gpus_per_node
+        )
+        if is_collective is None or _is_synchronous(start):
+            return None
+        return {"kind": "collective_done", "name": instruction.name, "start": start.name}
+
+    def _compute(self, computation: Computation, instruction: Instruction) -> dict | None:
+        if instruction.opcode in FREE_OPCODES:
+            return None
+        work = work_of(self.module, computation, instruction)
+        op = _operation(instruction, work)
+        op_name = self._op_name(instruction)
+        share = self.expected_row_share if op == "grouped_gemm" else 1.0
+        return {
+            "kind": "compute",
+            "name": instruction.name,
+            "op": op,
+            "flops": work.flops * share,
+            "bytes": work.memory_bytes,
+            "gemms": [[round(gemm.rows * share), gemm.columns, gemm.inner, gemm.batch] for gemm in work.gemms],
+            "attention": dataclasses.asdict(work.attention) if work.attention else None,
+            "dtype": next((shape.element for shape in instruction.shapes if shape.element != "s8"), ""),
+            "scope": scope_of(op_name),
+            "backward": is_backward(op_name),
+        }
+
+    def _op_name(self, instruction: Instruction) -> str:
+        """Some fusions have no name of their own: then that of the longest-named instruction in them."""
+        inner = self.module.callee(instruction)
+        if instruction.op_name or inner is None:
+            return instruction.op_name
+        return max((self._op_name(nested) for nested in inner.instructions), key=len, default="")
+
+
+def _operation(instruction: Instruction, work: Work) -> str:
+    if work.attention:
+        return "attention"
+    if "mosaic" in instruction.target:
+        return "grouped_gemm" if work.gemms else "attention" if "attention" in instruction.op_name else "other"
+    return "gemm" if work.gemms else "other"
+
+
+def _is_synchronous(instruction: Instruction) -> bool:
+    return bool(instruction.backend_config.get("collective_backend_config", {}).get("is_sync", False))
