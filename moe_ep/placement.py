@@ -105,7 +105,7 @@ def co_activated(together: np.ndarray, devices: int, devices_per_node: int) -> P
     """
     experts = len(together)
     if experts % devices or (devices > devices_per_node and devices % devices_per_node):
-        raise ValueError(f"{experts} experts do not spread evenly over {devices} devices of nodes of {devices_per_node}")
+        raise ValueError(f"{experts} experts do not spread evenly over {devices} devices, {devices_per_node} a node")
     nodes = max(devices // devices_per_node, 1)
     affinity = np.array(together, dtype=float)
     np.fill_diagonal(affinity, 0.0)

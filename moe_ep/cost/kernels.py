@@ -65,6 +65,7 @@ class KernelTable:
 
     name: str
     source: str
+    date: str
     launch_s: Number
     rows: tuple[Measurement, ...]
     # Work runs on this share of the SMs (communication kernels hold the others).
@@ -167,7 +168,7 @@ def load_table(name_or_path: str) -> KernelTable:
     document = json.loads(path.read_text())
     gpu = GPUS[document["gpu"]]
     rows = tuple(_measurement(row, gpu) for row in document["rows"])
-    return KernelTable(document["name"], document["source"], document["launch_s"], rows)
+    return KernelTable(document["name"], document["source"], document["date"], document["launch_s"], rows)
 
 
 def _measurement(row: dict[str, typing.Any], gpu: Gpu) -> Measurement:

@@ -38,8 +38,8 @@ class NetworkParameters:
 
 NCCL = NetworkParameters(
     name="nccl",
-    source="latencies and the 360 of 450 GB/s of NVLink on Hopper: constants of NCCL's own tuning model (ring, Simple); "
-    "NIC share: the 85 % that the reference experiment assumes",
+    source="latencies and the 360 of 450 GB/s of NVLink on Hopper: constants of NCCL's own tuning model (ring, "
+    "Simple); NIC share: the 85 % that the reference experiment assumes",
     nic_efficiency=0.85,
     nvlink_efficiency=0.80,
     latency_s=11.8e-6,  # base 8.4 us and one NVLink step of 3.4 us

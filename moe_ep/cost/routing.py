@@ -94,7 +94,7 @@ def _zipf(exponent: Number, num_experts: int, top_k: int, seed: int) -> np.ndarr
 
 
 def _power_law(alpha: Number, num_experts: int, top_k: int, seed: int) -> np.ndarray:
-    """Shares drawn from a bounded power law over four decades, one draw a layer (the form that AIConfigurator assumes)."""
+    """Shares drawn from a power law bounded to four decades, a draw a layer (the form that AIConfigurator assumes)."""
     uniform = np.random.default_rng(seed).uniform(size=(_LAYERS_SAMPLED, num_experts))
     if abs(alpha - 1) < 1e-9:
         drawn = 10 ** (4 * uniform)
@@ -124,7 +124,8 @@ def _recorded(kind: str, path: str, spec: str, num_experts: int) -> Routing:
     else:
         layers = data[None] if data.ndim == 2 else data
         if layers.ndim != 3 or layers.min() < 0 or layers.max() >= num_experts:
-            raise ConfigError(f"--set simulate.routing={spec}: allowed is int [layers, tokens, top_k] under {num_experts}")
+            allowed = f"int [layers, tokens, top_k] under {num_experts}"
+            raise ConfigError(f"--set simulate.routing={spec}: allowed is {allowed}")
         counts = np.stack([np.bincount(layer.reshape(-1), minlength=num_experts) for layer in layers]).astype(float)
         together = _pairs(layers, num_experts)
     if counts.shape[1] != num_experts or counts.min() < 0 or (counts.sum(axis=1) == 0).any():

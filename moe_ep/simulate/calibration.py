@@ -15,10 +15,12 @@ from moe_ep.cost.units import Number
 from moe_ep.simulate.points import POINTS, Point, find
 from moe_ep.simulate.published import Parameters
 
+_LINKS = ("deepep-ll-dispatch-16", "deepep-ll-dispatch-64", "deepep-ll-combine-16", "deepep-ll-combine-64")
+
 # Parameter -> the calibration rows that set it.
 SET_BY = {
-    "rdma_efficiency": ("deepep-ll-dispatch-16", "deepep-ll-dispatch-64", "deepep-ll-combine-16", "deepep-ll-combine-64"),
-    "low_latency_s": ("deepep-ll-dispatch-16", "deepep-ll-dispatch-64", "deepep-ll-combine-16", "deepep-ll-combine-64"),
+    "rdma_efficiency": _LINKS,
+    "low_latency_s": _LINKS,
     "wait_s": ("deepseek-trace-dispatch", "deepseek-trace-combine"),
     "expert_launch_s": ("expert-gemm-128",),
     "train_factor": ("deepseek-trace-span",),

@@ -177,14 +177,8 @@ def expert_seconds(scenario: Scenario, rows: np.ndarray, backward: bool, overlap
     """Returns the experts' time on each GPU; between the least, mean and most loaded one it is interpolated."""
     nodes = np.unique(np.maximum([rows.min(), rows.mean(), rows.max()], 1e-9))
     launch = scenario.stack.expert_launch_s * (3 if backward else 1)
-    times = [
-        with_backward(
-            scenario, work.experts(scenario.model, value, scenario.slots, scenario.stack.precision), backward, overlapped
-        )
-        + launch
-        for value in nodes
-    ]
-    return np.interp(rows, nodes, times)
+    calls = [work.experts(scenario.model, value, scenario.slots, scenario.stack.precision) for value in nodes]
+    return np.interp(rows, nodes, [with_backward(scenario, each, backward, overlapped) + launch for each in calls])
 
 
 def with_backward(scenario: Scenario, calls: list[Work], backward: bool, overlapped: bool) -> Number:
@@ -195,7 +189,7 @@ def with_backward(scenario: Scenario, calls: list[Work], backward: bool, overlap
 
 
 def gather_seconds(scenario: Scenario, tokens: Number) -> Number:
-    """Returns the collectives of attention: split weights gathered in the node; tensor-parallel rows gathered and summed."""
+    """Returns attention's own collectives: split weights gathered, tensor-parallel rows gathered and summed."""
     model, layout, fabric = scenario.model, scenario.layout, scenario.fabric
     parameters = scenario.stack.network
     seconds = 0.0

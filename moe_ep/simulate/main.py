@@ -100,12 +100,16 @@ def claims(config: Config, workdir: str | pathlib.Path | None = None) -> dict[st
     """Recomputes the reference experiment's claims and prints them; writes claims.json and claims.md.
 
     The model is the reference experiment's, whatever the config's is; the cluster is the
-    config's, in both readings of its NICs. Tables go to `config.simulate.results`.
+    config's, in both readings of its NICs. Tables go to `config.simulate.results`, and
+    with a work directory pictures too.
     """
     from moe_ep.simulate import claims as ledger
 
-    result = ledger.recompute(Config(cluster=config.cluster))
-    ledger.write(result, pathlib.Path(config.simulate.results))
+    reference, folder = Config(cluster=config.cluster), pathlib.Path(config.simulate.results)
+    result = ledger.recompute(reference)
+    ledger.write(result, folder)
+    if workdir:
+        ledger.draw(reference, folder)
     print(table(result))
     return result
 

@@ -38,12 +38,12 @@ def curves(rows: list[dict], axis: str, inputs: dict[str, typing.Any], path: pat
         panel.spines[["top", "right"]].set_visible(False)
     if drawn:
         rate.legend(frameon=False)
-    figure.suptitle(f"Predicted: {inputs['phase']} on {inputs['gpu']}, kernels {inputs['kernels']}, {inputs['network']}",
-                    fontsize=10)  # fmt: skip
+    title = "Predicted: {phase} on {gpu}, kernels {kernels}, network {network}"
+    figure.suptitle(title.format(**inputs), fontsize=10)
     _save(figure, path)
 
 
-def break_even_map(rows: list[dict], path: pathlib.Path) -> None:
+def break_even_map(rows: list[dict], phase: str, path: pathlib.Path) -> None:
     """Draws throughput of one expert per GPU over each baseline, experts by batch, one row of panels a NIC reading."""
     readings = list(dict.fromkeys(row["reading"] for row in rows))
     baselines = sorted({row["baseline"] for row in rows if "EP" in row["baseline"]}, key=_baseline_order)
@@ -60,7 +60,7 @@ def break_even_map(rows: list[dict], path: pathlib.Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("batch per GPU")
     figure.colorbar(image, ax=panels, shrink=0.8, label="throughput of one expert per GPU over the baseline's (log2)")
-    figure.suptitle("Predicted: where one expert per GPU wins (blue) and loses (red)")
+    figure.suptitle(f"Predicted, {phase}: where one expert per GPU wins (blue) and loses (red)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -89,7 +89,7 @@ def _panel(panel: plt.Axes, chosen: list[dict], rows: list[dict]):
 
 
 def memory_bar(layouts: dict[str, dict[str, Number]], limit_bytes: Number, path: pathlib.Path) -> None:
-    """Draws bytes of one GPU by part, a bar for each layout, against the GPU's memory; longer bars are cut and labelled."""
+    """Draws bytes of one GPU by part, a bar for each layout, against the GPU's memory; the longest bars are cut."""
     figure, panel = plt.subplots(figsize=(9, 1.6 + 0.4 * len(layouts)))
     limit = limit_bytes / 1e9
     parts = [part for part in next(iter(layouts.values())) if part != "total"]

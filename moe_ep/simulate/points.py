@@ -141,7 +141,9 @@ def _decode_rate(
     return _rate(Scenario(DEEPSEEK_V3, published.cluster(gpu), layout, workload, routing, stack))
 
 
-def _sglang_decode(parameters: Parameters, workload: Workload, balancer: bool = True, overlap: str = "staggered") -> Number:
+def _sglang_decode(
+    parameters: Parameters, workload: Workload, balancer: bool = True, overlap: str = "staggered"
+) -> Number:
     routing = _routing("balanced", parameters.busiest) if balancer else _routing(_UNBALANCED)
     return 8 * _decode_rate(parameters, "h100", 72, workload, _REDUNDANT_SLOTS // 72, routing, overlap)
 
@@ -184,7 +186,8 @@ _PRETRAIN = Layout(2048, 64, pp=16, overlap="forward_backward", transport="two_l
 _MEGATRON_H100 = Layout(1024, 64, tp=2, pp=8, overlap="forward_backward", transport="two_level", interleaved=4)
 _MEGATRON_GB200 = Layout(256, 64, pp=4, transport="ragged", interleaved=4)
 
-_DEEPEP, _TRACE, _AIC = "deepseek-ai/DeepEP docs/legacy.md", "deepseek-ai/profile-data train.json", "ai-dynamo/aiconfigurator tables"
+_DEEPEP, _TRACE = "deepseek-ai/DeepEP docs/legacy.md", "deepseek-ai/profile-data train.json"
+_AIC = "ai-dynamo/aiconfigurator tables"
 _LMSYS, _PROFILE = "LMSYS 2025-05-05", "deepseek-ai/profile-data via LMSYS"
 _LOW, _HIGH = "deepep_low_latency", "deepep_throughput"
 _TOKENS = "128 tokens over the whole expert group, as the table's own collector counts"

@@ -150,10 +150,10 @@ def check(scenario: Scenario) -> Scenario:
       ConfigError: degrees that do not divide, EP above the GPUs or the experts, no room for a replica.
     """
     layout, model, width = scenario.layout, scenario.model, scenario.fabric.gpus_per_node
-    experts = model.moe.num_experts
+    experts, phase = model.moe.num_experts, scenario.workload.phase
     _require(layout.overlap in OVERLAPS, "simulate.overlap", layout.overlap, "one of " + ", ".join(OVERLAPS))
     _require(layout.transport in TRANSPORTS, "simulate.transport", layout.transport, "one of " + ", ".join(TRANSPORTS))
-    _require(scenario.workload.phase in PHASES, "simulate.phase", scenario.workload.phase, "one of " + ", ".join(PHASES))
+    _require(phase in PHASES, "simulate.phase", phase, "one of " + ", ".join(PHASES))
     _require(layout.gpus % layout.pp == 0, "simulate.pp", layout.pp, f"a divisor of the {layout.gpus} GPUs")
     _require(layout.pp <= model.layers, "simulate.pp", layout.pp, f"at most the {model.layers} layers")
     _require(layout.ep <= layout.stage_gpus, "mesh.expert", layout.ep,

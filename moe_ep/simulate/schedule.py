@@ -121,7 +121,8 @@ def _walk_computation(schedule, name: str, fabric: Fabric, kernels, parameters: 
             body = _walk_computation(schedule, instruction["body"], fabric, kernels, parameters)
             state.scaled_onto(body, instruction.get("trip_count", 1))
         elif kind == "compute":
-            seconds = sum(kernels.seconds(work, fabric.gpu) for work in _works(instruction, schedule["expert_row_share"]))
+            works = _works(instruction, schedule["expert_row_share"])
+            seconds = sum(kernels.seconds(work, fabric.gpu) for work in works)
             state.compute_free += seconds
             state.compute += seconds
         elif kind == "collective_done":

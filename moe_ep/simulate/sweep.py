@@ -89,7 +89,7 @@ def _weak(base: Scenario) -> list[Case]:
 
 
 def _strong(base: Scenario) -> list[Case]:
-    """One model and one global batch on more GPUs, at EP = min(GPUs, experts); time is what is asked, so memory is ignored."""
+    """One model and one global batch on more GPUs, at EP = min(GPUs, experts); memory is ignored: time is asked."""
     experts, total = base.model.moe.num_experts, base.workload.tokens * base.layout.gpus
     sizes = [size for size in (8, 16, 32, 64, 128, 256) if size <= 2 * experts]
     base = dataclasses.replace(base, ignore_memory=True)
@@ -118,12 +118,13 @@ def _context(base: Scenario) -> list[Case]:
 
 
 def _skew(base: Scenario) -> list[Case]:
-    moe = base.model.moe
+    moe, exponents = base.model.moe, (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+    routings = {exponent: make_routing(f"zipf:{exponent}", moe.num_experts, moe.top_k) for exponent in exponents}
     return [
-        ({"series": reading, "x": exponent},
-         dataclasses.replace(with_nics(base, nics), routing=make_routing(f"zipf:{exponent}", moe.num_experts, moe.top_k)))
-        for reading, nics in readings(base.fabric).items() for exponent in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-    ]  # fmt: skip
+        ({"series": reading, "x": exponent}, dataclasses.replace(with_nics(base, nics), routing=routing))
+        for reading, nics in readings(base.fabric).items()
+        for exponent, routing in routings.items()
+    ]
 
 
 def _nics(base: Scenario) -> list[Case]:
@@ -140,6 +141,18 @@ _LINES = {
     "skew": (_skew, "Zipf exponent of expert popularity"),
     "nics": (_nics, "NICs per node"),
 }
+
+
+def line(base: Scenario, kind: str) -> tuple[list[Row], str]:
+    """Returns the rows of a sweep over one input, and that input's name."""
+    cases, axis = _LINES[kind]
+    return evaluate(cases(base), kind), axis
+
+
+def inputs_of(base: Scenario) -> dict[str, str]:
+    """Returns what a sweep's rows have in common."""
+    return {"gpu": base.fabric.gpu.name, "phase": base.workload.phase, "kernels": base.stack.kernels.name,
+            "network": base.stack.network.name, "routing": base.routing.name}  # fmt: skip
 
 
 def run_sweep(config: Config, folder: pathlib.Path | None) -> dict[str, typing.Any]:
@@ -159,11 +172,9 @@ def run_sweep(config: Config, folder: pathlib.Path | None) -> dict[str, typing.A
         rows = search(base, config.simulate.latency_ms)
         result = {"sweep": kind, "rows": rows[:20], "layouts_tried": len(rows), "best": _best(rows)}
     else:
-        cases, axis = _LINES[kind]
-        rows = evaluate(cases(base), kind)
+        rows, axis = line(base, kind)
         result = {"sweep": kind, "x": axis, "rows": rows}
-    result["inputs"] = {"gpu": base.fabric.gpu.name, "phase": base.workload.phase, "kernels": base.stack.kernels.name,
-                        "network": base.stack.network.name, "routing": base.routing.name}  # fmt: skip
+    result["inputs"] = inputs_of(base)
     result["markdown"] = markdown(result["rows"], kind)
     if folder:
         _write(result, rows, kind, folder)
@@ -177,7 +188,7 @@ def _write(result: dict[str, typing.Any], rows: list[Row], kind: str, folder: pa
     (folder / f"{kind}.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / f"{kind}.md").write_text(result["markdown"])
     if kind == "break_even":
-        pictures.break_even_map(rows, folder / f"{kind}.png")
+        pictures.break_even_map(rows, result["inputs"]["phase"], folder / f"{kind}.png")
     elif kind == "memory":
         bars = {row["layout"]: row["bytes_per_gpu"] for row in rows}
         pictures.memory_bar(bars, rows[0]["gpu_bytes"], folder / f"{kind}.png")
@@ -186,7 +197,7 @@ def _write(result: dict[str, typing.Any], rows: list[Row], kind: str, folder: pa
 
 
 def break_even(base: Scenario) -> list[Row]:
-    """Compares one expert per GPU (EP = E on E GPUs) with EP = 4, 8, 16 on as many GPUs, batch by batch, both NIC readings.
+    """Compares one expert per GPU (EP = E on E GPUs) with EP = 4, 8, 16 on as many GPUs, by batch and NIC reading.
 
     Each baseline is timed as data-parallel replicas of its expert group, which need not
     fit (then labelled "memory ignored"), and as a pipeline of groups, which holds no more
@@ -225,7 +236,7 @@ def _key(row: Row) -> tuple:
 
 
 def memory(base: Scenario) -> list[Row]:
-    """Returns bytes of one GPU by part, for EP = 4, 8, 16 and so on up to the experts, as replicas and as a pipeline."""
+    """Returns bytes of one GPU by part, for EP = 4 up to the number of experts, as replicas and as a pipeline."""
     experts, rows = base.model.moe.num_experts, []
     for ep in (size for size in (4, 8, 16, 32, 64, 128, 256) if size <= experts and experts % size == 0):
         for stages in dict.fromkeys((1, max(experts // ep, 1))):

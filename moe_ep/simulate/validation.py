@@ -9,6 +9,7 @@ import pathlib
 import typing
 
 from moe_ep.config import ConfigError, require
+from moe_ep.cost.kernels import load_table
 from moe_ep.cost.units import Number
 from moe_ep.simulate import calibration
 from moe_ep.simulate.points import POINTS, Point, find
@@ -152,13 +153,15 @@ def write(result: dict[str, typing.Any], folder: pathlib.Path) -> None:
 
 def markdown(result: dict[str, typing.Any]) -> str:
     """Returns the predictions, free parameters and residuals as Markdown."""
+    tables = [load_table(name) for name in ("hopper_fp8_deepseek", "h200_bf16")]
     lines = [
         "# Published systems, predicted",
         "",
-        "Predicted by `python -m moe_ep.run --mode=simulate --set simulate.point=all`; nothing here was measured by this",
-        "project. Held-out rows took part in no fit. The error bar is the root mean square, over the calibration rows of",
-        "the family, of the error when a row is left out of the fit (of a step factor: when it is replaced by the other",
-        "systems').",
+        "Predicted by `python -m moe_ep.run --mode=simulate --set simulate.point=all`; nothing here was measured by",
+        "this project. Held-out rows took part in no fit. The error bar is the root mean square, over the calibration",
+        "rows of the family, of the error when a row is left out of the fit (of a step factor: when it is replaced by",
+        "the other systems').",
+        "Kernel tables: " + "; ".join(f"{table.name} ({table.source}, {table.date})" for table in tables) + ".",
         "",
         "| id | predicted | unit | error bar | published | residual | left out | network | assumed |",
         "|---|---|---|---|---|---|---|---|---|",

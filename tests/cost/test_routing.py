@@ -21,7 +21,8 @@ def test_every_source_sends_all_its_assignments(spec):
 def test_one_expert_per_gpu_loses_what_pooling_gives():
     routing = make_routing("zipf:0.6", 128, 2)
     counts = routing.counts(0, 128, 128, 2)
-    alone, pooled = (rows_between(counts, contiguous(128, 128)).sum(axis=0), contiguous(128, 8).device_load(counts.sum(0)))
+    alone = rows_between(counts, contiguous(128, 128)).sum(axis=0)
+    pooled = contiguous(128, 8).device_load(counts.sum(axis=0))
     assert 7.5 < alone.max() / alone.mean() < 9
     assert pooled.max() / pooled.mean() < 1.6
 

@@ -61,7 +61,8 @@ def test_what_stands_between_start_and_done_hides_it():
 def test_collectives_queue_on_the_network():
     result = walk([
         collective("collective_start", "x", 1.0), collective("collective_start", "y", 1.0), compute("a", 0.5),
-        {"kind": "collective_done", "name": "yd", "start": "y"}, {"kind": "collective_done", "name": "xd", "start": "x"},
+        {"kind": "collective_done", "name": "yd", "start": "y"},
+        {"kind": "collective_done", "name": "xd", "start": "x"},
     ])  # fmt: skip
     assert result["step_s"] == pytest.approx(2.0)
 
@@ -76,7 +77,7 @@ def test_a_loop_repeats_its_body():
 
 def test_products_take_their_shapes_and_empty_expert_rows_are_skipped():
     product = {"kind": "compute", "name": "g", "op": "gemm", "flops": 2 * 8192 * 7168 * 18432.0, "bytes": 0,
-               "gemms": [[8192, 18432, 7168, 1]], "attention": None, "dtype": "bf16", "scope": "moe/experts"}  # fmt: skip
+               "gemms": [[8192, 18432, 7168, 1]], "dtype": "bf16", "scope": "moe/experts"}  # fmt: skip
     document = {"format": schedule.FORMAT, "gpus": 16, "entry": "main", "computations": {"main": [product]}}
     whole, half = (schedule.walk(document, FABRIC, PEAK, LINES, share)["step_s"] for share in (1.0, 0.5))
     assert whole == pytest.approx(2 * 8192 * 7168 * 18432 / 400e12)

@@ -1,0 +1,125 @@
+"""Claims of the reference experiment that depend on neither reading of its network: loads, bytes, sizes."""
+
+import dataclasses
+
+import numpy as np
+
+from moe_ep.config import Config, mlp_parameters, parameters_by_part
+from moe_ep.cost.memory import total
+from moe_ep.cost.network import gather_seconds
+from moe_ep.cost.routing import buffer_rows
+from moe_ep.simulate.from_config import ASSUMED, with_batch
+from moe_ep.simulate.layer import layer_load
+from moe_ep.simulate.predict import memory_of
+from moe_ep.simulate.reference import NOT, REPRODUCED, Row, Setting, routing, row
+from moe_ep.simulate.step import compute_seconds, stage_work
+
+
+def load_variance(config: Config) -> Row:
+    """Less than 5 % variance of expert load."""
+    values = {}
+    for name, spec, tokens in (("512 tokens/GPU", "uniform", 512), ("32 tokens/GPU", "uniform", 32),
+                               ("Zipf 0.3, 512", "zipf:0.3", 512)):  # fmt: skip
+        counts = routing(spec, 128, 2).counts(0, tokens, 128, 2).sum(axis=0)
+        values[name] = counts.std() / counts.mean()
+    value = "; ".join(f"{name}: CV {cv:.0%}" for name, cv in values.items())
+    return row("variance of expert load", "under 5 %", None, "E = 128, top-2, 128 GPUs, drawn at random", value,
+                "reproduced only if 512 uniform random tokens/GPU", "simulated")  # fmt: skip
+
+
+def busiest_gpu(config: Config) -> Row:
+    """Pooling: several experts a GPU average their load."""
+    setting = Setting(config, "NIC per GPU", False)
+    parts = []
+    for spec in ("uniform", "zipf:0.3", "zipf:0.6"):
+        loads = []
+        for ep in (128, 8):
+            scenario = setting.scenario(128, ep, "prefill", 128)
+            scenario = dataclasses.replace(scenario, routing=routing(spec, 128, 2))
+            loads.append(np.mean([layer_load(scenario, layer, 128).max_over_mean for layer in range(4)]))
+        parts.append(f"{spec}: {loads[0]:.2f} with one expert a GPU, {loads[1]:.2f} with 16")
+    inputs = "busiest GPU over the mean, E = 128, 128 tokens/GPU"
+    verdict = "balance decides the result"
+    return row("one expert per GPU loses pooling", "not stated", None, inputs, "; ".join(parts), verdict, "simulated")
+
+
+def cached_sequences(config: Config) -> Row:
+    """The KV cache limits long sequences."""
+    setting = Setting(config, "NIC per GPU", False)
+    counts = {}
+    for name, split in (("attention replicated", False), ("attention split in the node", True)):
+        scenario = setting.scenario(128, 128, "decode", 1, 8192)
+        layout = dataclasses.replace(scenario.layout, split_attention_weights=split)
+        scenario = dataclasses.replace(scenario, layout=layout)
+        memory = scenario.fabric.gpu.memory_bytes
+        counts[name] = max((n for n in range(1, 64) if total(memory_of(with_batch(scenario, n))) <= memory), default=0)
+    value = "; ".join(f"{name}: {count} sequences" for name, count in counts.items())
+    inputs = "sequences of 8192 tokens a GPU, E = 128, one expert a GPU"
+    return row("KV cache limits long sequences", "yes", None, inputs, value, REPRODUCED, "formula")
+
+
+def weights_held(config: Config) -> Row:
+    """The model fits 64 GB."""
+    setting = Setting(config, "NIC per GPU", False)
+    plan = memory_of(setting.scenario(128, 128, "prefill", 1))
+    eight = memory_of(setting.scenario(16, 8, "prefill", 1))["weights"] / 1e9
+    fits = plan["weights"] <= setting.scenario(16, 16, "prefill", 1).fabric.gpu.memory_bytes
+    return row("one expert per GPU fits the GPU", "64 GB", None, "BF16, attention replicated, any E = GPUs",
+                f"{plan['weights'] / 1e9:.1f} GB of weights; EP 8 at E = 16 needs {eight:.1f} GB",
+                REPRODUCED if fits else NOT, "formula")  # fmt: skip
+
+
+def training_held(config: Config) -> Row:
+    """Training at full size."""
+    parts = parameters_by_part(config.model)
+    one = parts["experts"] / config.model.moe.num_experts * 16 / 1e9
+    rest = (sum(parts.values()) - parts["experts"]) * 16 / 1e9
+    inputs = "float32 master, two moments, gradient: 16 bytes a parameter; one expert a GPU"
+    value = f"experts {one:.0f} GB, with all else replicated {one + rest:.0f} GB"
+    return row("full-size training", "trained", None, inputs, value, f"{NOT}: does not fit 64 GB", "formula")
+
+
+def expert_bytes(config: Config) -> Row:
+    """264 MB per expert."""
+    model = config.model
+    count = mlp_parameters(model.width, model.moe.hidden, model.moe.activation)
+    inputs, value = "two matrices 7168 x 18432, BF16", f"{count * 2 / 1e6:.0f} MB; one matrix {count / 1e6:.0f} MB"
+    return row("bytes of an expert", "264 MB", None, inputs, value, f"{NOT}: one of the two matrices", "formula")
+
+
+def compression(config: Config) -> Row:
+    """KV compression of about 4x."""
+    attention = config.model.attention
+    full = attention.heads * (attention.query_dim + attention.value_dim)
+    return row("KV compression", "about 4x", None, f"{full} values against {attention.cache_dim} a token and layer",
+                f"{full / attention.cache_dim:.2f}x", REPRODUCED, "formula")  # fmt: skip
+
+
+def peer_buffers(config: Config) -> Row:
+    """64 MB per peer."""
+    rows = buffer_rows(2048, 2, 128, 5.0)
+    pooled = 2 * 128 * rows * config.model.width * 2
+    inputs = "127 peers; here C = mean + 5 sqrt(mean) + 1 rows a pair at 2048 tokens/GPU, sent and received"
+    value = f"{127 * 64e6 / 1e9:.1f} GB against {pooled / 1e9:.2f} GB"
+    verdict = "replaced by one pooled buffer"
+    return row("communication buffers", "64 MB per peer", None, inputs, value, verdict, "formula")
+
+
+def split_attention(config: Config) -> Row:
+    """Attention weights gathered in the node, or over all GPUs."""
+    setting = Setting(config, "NIC per GPU", True)
+    scenario = setting.scenario(128, 128, "prefill", 2048)
+    layer_bytes = parameters_by_part(config.model)["attention"] / config.model.layers * 2
+    near = gather_seconds(layer_bytes, 8, scenario.fabric, ASSUMED.network)
+    slow = layer_bytes * 127 / 128 / (scenario.fabric.nic_bytes_per_s * ASSUMED.network.nic_efficiency)
+    compute = compute_seconds(stage_work(scenario), 1) / config.model.moe_layers
+    inputs = f"{layer_bytes / 1e6:.0f} MB a layer, source's constants, 200 Gb/s per GPU"
+    value = (
+        f"in the node {1e3 * near:.1f} ms; over all 128, each through its NIC, {1e3 * slow:.0f} ms "
+        f"against {1e3 * compute:.0f} ms of compute"
+    )
+    return row("attention weights split", "not stated", None, inputs, value, "split inside the node only", "simulated")
+
+
+CLAIMS = (load_variance, busiest_gpu, cached_sequences, weights_held, training_held, expert_bytes, compression,
+        peer_buffers, split_attention)  # fmt: skip
