@@ -8,9 +8,11 @@ Each row checks ||out - reference|| / ||reference|| of every contender first, on
 drawn anew and into outputs poisoned with NaN, then takes times in turns.
 """
 
+from collections.abc import Iterator
 import json
 import pathlib
 import sys
+import time
 
 from absl import app, flags
 import jax
@@ -27,25 +29,26 @@ _ROWS = flags.DEFINE_list("rows", [], "Rows to measure, by the beginnings of the
 _JSON = flags.DEFINE_string("json", None, "Write the result to this file too; - is standard output.")
 
 
-def run(sizes: str, rows: list[str], seed: int, samples: int, sample_seconds: float) -> dict:
-    """Measures the copy bandwidth and the rows whose names begin with one of `rows`, all if there is none."""
+def copy_bandwidths(sizes: str, samples: int, sample_seconds: float) -> dict[str, float]:
+    """Returns bytes read and written a second by the copies of XLA and torch."""
     copies, copy_bytes = kernel_cases.copies(SIZES[sizes])
     times = measure_in_turns(copies, samples, sample_seconds)
-    del copies
-    bandwidths = {name: copy_bytes / value.median for name, value in times.items()}
-    bandwidth = max(bandwidths.values())
-    chosen = [
-        (row, build)
-        for row, build in kernel_cases.cases(SIZES[sizes], seed)
-        if not rows or row.startswith(tuple(rows))
-    ]
-    records = []
-    for number, (row, build) in enumerate(chosen, 1):
-        records.append(measure(build(), samples, sample_seconds, bandwidth))
+    return {name: copy_bytes / value.median for name, value in times.items()}
+
+
+def measure_rows(
+    sizes: str, rows: list[str], seed: int, samples: int, sample_seconds: float, bandwidth: float
+) -> Iterator[dict]:
+    """Yields the record of each row whose name begins with one of `rows`, of every row if there is none."""
+    for row, build in kernel_cases.cases(SIZES[sizes], seed):
+        if rows and not row.startswith(tuple(rows)):
+            continue
+        start = time.perf_counter()
+        record = measure(build(), samples, sample_seconds, bandwidth)
         if sizes != "full":
-            records[-1]["met"] = None
-        print(f"[{number}/{len(chosen)}] {row}: {_verdict(records[-1])}", file=sys.stderr, flush=True)
-    return {"copy_bytes_per_s": bandwidths, "rows": records}
+            record["met"] = None
+        print(f"{row}: {_verdict(record)} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
+        yield record
 
 
 def measure(case: Case, samples: int, sample_seconds: float, bandwidth: float) -> dict:
@@ -142,9 +145,14 @@ def _cell(times) -> str:
 
 def main(argv):
     result = command.start(argv, "moe_ep.bench.kernels")
-    result |= run(command.SIZES.value, _ROWS.value, result["seed"], command.SAMPLES.value, command.SAMPLE_SECONDS.value)
-    for path in report.write(command.OUT.value, report.file_stem("kernels"), result, as_markdown(result)):
-        print(f"wrote {path}", file=sys.stderr)
+    sampling = (command.SAMPLES.value, command.SAMPLE_SECONDS.value)
+    result["copy_bytes_per_s"] = copy_bandwidths(command.SIZES.value, *sampling)
+    bandwidth = max(result["copy_bytes_per_s"].values())
+    result["rows"] = []
+    for record in measure_rows(command.SIZES.value, _ROWS.value, result["seed"], *sampling, bandwidth):
+        result["rows"].append(record)  # Written after every row, so that a run cut off leaves what it measured.
+        paths = report.write(command.OUT.value, report.file_stem("kernels"), result, as_markdown(result))
+    print(f"wrote {', '.join(map(str, paths))}" if result["rows"] else "no such rows", file=sys.stderr)
     if _JSON.value == "-":
         print(json.dumps(result, indent=1))
     elif _JSON.value:
