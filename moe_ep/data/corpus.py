@@ -31,6 +31,11 @@ class Statistics:
     malformed_rows: dict[str, int]  # by kind of fault
     malformed_places: tuple[str, ...]  # "file:line: kind" of the first ones
 
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.malformed_rows.items())
+        left_out = f"{sum(self.malformed_rows.values())} malformed and left out" + (f" ({kinds})" if kinds else "")
+        return f"{self.documents:,} documents, {self.tokens:,} tokens; of {self.rows:,} rows read {left_out}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:

@@ -155,4 +155,6 @@ def test_statistics_are_of_the_split():
     train, validation = make().statistics, make(split="validation").statistics
     assert train.documents + validation.documents == train.rows
     assert train.tokens > 10 * validation.tokens
+    assert str(train).startswith(f"{train.documents} documents, ")
+    assert str(train).endswith(f"of {train.rows} rows read 0 malformed and left out")
     assert make("synthetic:uniform").statistics is None
