@@ -46,8 +46,8 @@ class Stack:
 
 @functools.lru_cache(maxsize=None)
 def own_stack() -> Stack:
-    """Returns this project's programs: BF16, kernels as measured on one H200, NCCL's collectives."""
-    return Stack("moe_ep", load_table("h200_bf16"), network.NCCL)
+    """Returns this project's programs: BF16, its kernels as measured on one H200, NCCL's collectives."""
+    return Stack("moe_ep", load_table("h200_moe_ep"), network.NCCL)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Kernel tables: exact at measured shapes, never under the roofline, scaled between GPUs."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_ep.cost.kernels import AssumedKernels, gemm, load_table, memory_pass, roofline_seconds
+from moe_ep.cost.from_tuning import as_text, table_of
+from moe_ep.cost.kernels import TABLES, AssumedKernels, gemm, load_table, memory_pass, roofline_seconds
 from moe_ep.hardware import GPUS
 
 TABLE = load_table("h200_bf16")
@@ -60,3 +62,21 @@ def test_a_missing_operation_is_named():
     table = dataclasses.replace(TABLE, rows=tuple(row for row in TABLE.rows if row.op != "memory"))
     with pytest.raises(KeyError, match="no row of op memory"):
         table.seconds(memory_pass(1e6), GPUS["h200"])
+
+
+def test_tuned_products_become_rows_and_the_rest_stays():
+    tuning = {
+        "device": "NVIDIA H200", "date": "2026-11-24T00:00:00", "commit": "abc", "versions": {"jax": "0"},
+        "entries": [
+            {"problem": {"step": "hidden", "groups": 8, "rows": 9088, "depth": 7168, "columns": 18432, "inputs": 1},
+             "milliseconds": {"dense": 9.0, "ours": 3.0}},
+            {"problem": {"step": "weight_gradient", "groups": 1, "rows": 64, "depth": 8, "columns": 8, "inputs": 1},
+             "milliseconds": {"dense": 1.0}},
+        ],
+    }  # fmt: skip
+    anchors = json.loads((TABLES / "h200_bf16.json").read_text())
+    table = table_of(tuning, anchors)
+    (product, *others) = table["rows"]
+    assert product["shape"] == [1024, 7168, 18432, 8] and product["seconds"] == pytest.approx(3e-3)
+    assert {row["op"] for row in others} == {"attention", "attention_backward", "mla_decode", "memory"}
+    assert json.loads(as_text(table)) == table
