@@ -1,6 +1,7 @@
 """Times of several functions of one process, taken in turns so that all see the same clocks and heat."""
 
 from collections.abc import Callable
+import random
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -35,13 +36,16 @@ def measure_in_turns(contenders: dict[str, Contender], samples: int, sample_seco
     """Returns the times of each contender.
 
     A sample launches enough calls back to back to last about `sample_seconds`, so
-    the host's part hides behind the device's, and waits once.
+    the host's part hides behind the device's, and waits once. The order changes with
+    every sample: who follows a contender that leaves the GPU cool is faster.
     """
     calls = {name: _calls_to_fill(contender, sample_seconds) for name, contender in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order, shuffle = list(contenders), random.Random(0).shuffle
     for _ in range(samples):
-        for name, contender in contenders.items():
-            seconds[name].append(_seconds_a_call(contender, calls[name]))
+        shuffle(order)
+        for name in order:
+            seconds[name].append(_seconds_a_call(contenders[name], calls[name]))
     return {name: _summary(values, calls[name]) for name, values in seconds.items()}
 
 

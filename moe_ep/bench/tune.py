@@ -1,6 +1,7 @@
 """Measures every step of the expert MLP in every tiling on this GPU and rewrites its part of the kernels' table.
 
-    python -m moe_ep.bench.tune [--table=FILE] [--samples=N] [--out=results]
+    python -m moe_ep.bench.tune                              every problem
+    python -m moe_ep.bench.tune --groups 1 --rows 64 512  those alone, the table's other entries kept
 
 Each candidate is first checked against XLA on fresh random data. All of a problem's
 candidates are timed in turns, and the fastest by its median is the table's entry.
@@ -28,9 +29,11 @@ WIDTH, HIDDEN = 7168, 18432
 LARGEST_ERROR = 1e-2  # of bfloat16 results, relative to their norm
 ACTIVATION = {1: "gelu", 2: "silu_gated"}
 WIDE = [Tiling(raster_width=width) for width in (4, 8, 16)]
+# Fewer columns where 128 x 256 tiles would not fill the last round of multiprocessors.
+FEW_ROWS = [Tiling(raster_width=8), *(Tiling(columns=columns, stages=6, raster_width=8) for columns in (128, 192))]
 NARROW = [
-    Tiling(consumers=1, columns=columns, stages=stages, raster_width=1024, ctas_per_multiprocessor=ctas)
-    for columns, stages, ctas in ((128, 8, 1), (64, 4, 2), (64, 12, 1), (256, 5, 1))
+    Tiling(consumers=1, columns=columns, stages=stages, raster_width=1024)
+    for columns, stages in ((64, 12), (128, 8), (192, 6), (256, 5))
 ]
 
 
@@ -49,18 +52,22 @@ def problems() -> Iterator[Problem]:
         yield from (Problem(step, 1, rows, *steps[step]) for step in forward)
     yield from (Problem(step, 1, 4096, *sizes) for step, sizes in steps.items())
     yield from (Problem(step, 1, 4096, *steps[step], inputs=2) for step in activated)
-    yield from (Problem(step, 8, tiles_needed(8192, 8, 128) * 128, *sizes) for step, sizes in steps.items())
-    yield from (Problem(step, 8, tiles_needed(8192, 8, 128) * 128, *steps[step], inputs=2) for step in activated)
+    grouped_rows = tiles_needed(8192, 8, 64) * 64
+    yield from (Problem(step, 8, grouped_rows, *sizes) for step, sizes in steps.items())
+    yield from (Problem(step, 8, grouped_rows, *steps[step], inputs=2) for step in activated)
     yield from (Problem(step, 8, 8 * 64, *steps[step]) for step in forward)
 
 
-def tune(problem: Problem, seed: int, samples: int, sample_seconds: float) -> Entry:
+def tune(problem: Problem, seed: int, samples: int, sample_seconds: float, measured: str) -> Entry:
     """Returns the fastest of XLA and the kernels for this problem."""
     operands = make_operands(problem, seed)
-    contenders = {name: Contender(functools.partial(run, *operands), jax.block_until_ready) for name, run in candidates(problem).items()}
+    contenders = {
+        name: Contender(functools.partial(run, *operands), jax.block_until_ready)
+        for name, run in candidates(problem).items()
+    }
     baseline, *kernels = contenders
     expected = contenders[baseline].launch()
-    tilings = {name: tiling for name, tiling in zip(kernels, tilings_of(problem), strict=True)}
+    tilings = dict(zip(kernels, tilings_of(problem), strict=True))
     for name in kernels:
         error = relative_error(contenders[name].launch(), expected, operands[-1])
         if not error < LARGEST_ERROR:
@@ -69,7 +76,7 @@ def tune(problem: Problem, seed: int, samples: int, sample_seconds: float) -> En
     fastest = min(times, key=lambda name: times[name].median)
     milliseconds = {name: round(1e3 * time.median, 4) for name, time in times.items()}
     _print_row(problem, times)
-    return Entry(problem, baseline if fastest == baseline else "mosaic", tilings.get(fastest), milliseconds)
+    return Entry(problem, baseline if fastest == baseline else "mosaic", tilings.get(fastest), milliseconds, measured)
 
 
 def candidates(problem: Problem) -> dict[str, Callable]:
@@ -85,7 +92,9 @@ def candidates(problem: Problem) -> dict[str, Callable]:
 
 def tilings_of(problem: Problem) -> list[Tiling]:
     """Returns the tilings worth trying: narrow ones where reading the weights is all the work."""
-    return NARROW if problem.rows <= 64 * problem.groups else WIDE
+    if problem.rows <= 64 * problem.groups:
+        return NARROW
+    return FEW_ROWS if problem.rows <= 2048 else WIDE
 
 
 def make_operands(problem: Problem, seed: int) -> tuple:
@@ -112,14 +121,15 @@ def make_operands(problem: Problem, seed: int) -> tuple:
 
 
 def make_groups(problem: Problem, seed: int) -> RowGroups:
-    """Returns full groups for decoding, else unequal ones that need no more than the problem's tiles."""
-    if problem.rows <= 64 * problem.groups:
-        return make_row_groups(jnp.full(problem.groups, 64, jnp.int32), 64, problem.groups)
-    tiles = problem.rows // 128
-    rows = problem.rows - 128 * (problem.groups - 1)
-    generator = np.random.default_rng(seed)
-    sizes = generator.multinomial(rows, generator.dirichlet(np.ones(problem.groups)))
-    return make_row_groups(jnp.asarray(sizes, jnp.int32), 128, tiles)
+    """Returns full groups for decoding and for one group, else unequal ones that fit in the problem's tiles."""
+    tile = 128 if problem.groups == 1 and problem.rows % 128 == 0 else 64
+    if problem.groups == 1 or problem.rows <= 64 * problem.groups:
+        sizes = np.full(problem.groups, problem.rows // problem.groups)
+    else:
+        generator = np.random.default_rng(seed)
+        rows = problem.rows - (tile - 1) * problem.groups
+        sizes = generator.multinomial(rows, generator.dirichlet(np.ones(problem.groups)))
+    return make_row_groups(jnp.asarray(sizes, jnp.int32), tile, problem.rows // tile)
 
 
 def relative_error(out, expected, groups: RowGroups) -> float:
@@ -152,12 +162,13 @@ def _print_row(problem: Problem, times: dict[str, Times]):
 
 def as_markdown(result: dict) -> str:
     """Returns the entries as a table."""
-    lines = ["| step | groups | rows | depth | columns | inputs | fastest | medians in ms |", "|" + "---|" * 8]
+    columns = "step groups rows depth columns inputs fastest measured".split()
+    lines = [f"| {' | '.join(columns)} | medians in ms |", "|" + "---|" * 9]
     for entry in result["entries"]:
         sizes = " | ".join(str(value) for value in entry["problem"].values())
         times = "; ".join(f"{name}: {value:.3f}" for name, value in entry["milliseconds"].items())
         fastest = min(entry["milliseconds"], key=entry["milliseconds"].get)
-        lines.append(f"| {sizes} | {fastest} | {times} |")
+        lines.append(f"| {sizes} | {fastest} | {entry['measured']} | {times} |")
     return report.heading("Tilings of the expert MLP's steps", result) + "\n".join(lines) + "\n"
 
 
@@ -165,6 +176,8 @@ def main(argv: list[str]):
     """Tunes and writes the table and the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", type=pathlib.Path, default=table.PATH)
+    parser.add_argument("--groups", type=int, nargs="*", help="tune problems of so many groups alone")
+    parser.add_argument("--rows", type=int, nargs="*", help="tune problems of so many rows alone")
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--sample-seconds", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0)
@@ -174,12 +187,26 @@ def main(argv: list[str]):
     if not mosaic.runs_on(device.device_kind()):
         print(f"bench.tune: the device is {device.device_kind()!r}; the kernels run on Hopper GPUs", file=sys.stderr)
         raise SystemExit(2)
-    entries = [tune(problem, options.seed, options.samples, options.sample_seconds) for problem in problems()]
     provenance = report.provenance("python -m moe_ep.bench.tune " + " ".join(argv), options.commit)
-    table.write(options.table, device.device_kind(), provenance, entries)
+    entries = tune_selected(options, f"{provenance['date'][:10]} {provenance['commit']}")
+    table.write(options.table, device.device_kind(), entries)
     result = provenance | {"kind": "measured", "entries": [dataclasses.asdict(entry) for entry in entries]}
     for path in report.write(options.out, report.file_stem("tune"), result, as_markdown(result)):
         print(f"wrote {path}")
+
+
+def tune_selected(options: argparse.Namespace, measured: str) -> list[Entry]:
+    """Returns the table's new entries: the selected problems measured, the others as they stand in it."""
+    model = table.gpu_model(device.device_kind())
+    known = {entry.problem: entry for entry in table.read(options.table).get(model, ())}
+
+    def selected(problem):
+        return problem.groups in (options.groups or [problem.groups]) and problem.rows in (options.rows or [problem.rows])
+
+    wanted = list(problems())
+    kept = [entry for problem, entry in known.items() if problem in wanted and not selected(problem)]
+    timing = (options.seed, options.samples, options.sample_seconds)
+    return kept + [tune(problem, *timing, measured) for problem in wanted if selected(problem)]
 
 
 if __name__ == "__main__":

@@ -30,12 +30,13 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The fastest implementation of a problem, its tiling where it has one, and the medians in ms by name."""
+    """The fastest implementation of a problem, its tiling where it has one, the medians in ms by name, date and commit."""
 
     problem: Problem
     implementation: str
     tiling: Tiling | None
     milliseconds: dict[str, float]
+    measured: str
 
 
 def nearest(device_kind: str, problem: Problem) -> Entry | None:
@@ -55,20 +56,20 @@ def gpu_model(device_kind: str) -> str | None:
 def read(path: pathlib.Path) -> dict[str, tuple[Entry, ...]]:
     """Returns the entries by GPU."""
     gpus = json.loads(path.read_text())
-    return {gpu: tuple(_entry(record) for record in part["entries"]) for gpu, part in gpus.items()}
+    return {gpu: tuple(_entry(record) for record in records) for gpu, records in gpus.items()}
 
 
-def write(path: pathlib.Path, device_kind: str, provenance: dict, entries: list[Entry]):
-    """Replaces one GPU's part of the table, with where and when it was measured."""
+def write(path: pathlib.Path, device_kind: str, entries: list[Entry]):
+    """Replaces one GPU's part of the table."""
     gpus = json.loads(path.read_text()) if path.exists() else {}
-    gpus[gpu_model(device_kind)] = {"measured": provenance, "entries": [dataclasses.asdict(entry) for entry in entries]}
+    gpus[gpu_model(device_kind)] = [dataclasses.asdict(entry) for entry in entries]
     path.write_text(json.dumps(gpus, indent=1, sort_keys=True) + "\n")
     read.cache_clear()
 
 
 def _entry(record):
     tiling = record["tiling"] and Tiling(**record["tiling"])
-    return Entry(Problem(**record["problem"]), record["implementation"], tiling, record["milliseconds"])
+    return Entry(Problem(**record["problem"]), record["implementation"], tiling, record["milliseconds"], record["measured"])
 
 
 def _comparable(entry: Problem, problem: Problem) -> bool:
