@@ -27,11 +27,9 @@ import dataclasses
 import json
 import typing
 
-import numpy as np
-
 from moe_ep.config import ConfigError
-from moe_ep.cost import network
-from moe_ep.cost.kernels import AssumedKernels, KernelTable, Work, gemm, memory_pass
+from moe_ep.cost.entries import collective_seconds, works_of
+from moe_ep.cost.kernels import AssumedKernels, KernelTable
 from moe_ep.cost.network import Fabric, NetworkParameters
 from moe_ep.cost.units import Number
 
@@ -121,7 +119,7 @@ def _walk_computation(schedule, name: str, fabric: Fabric, kernels, parameters: 
             body = _walk_computation(schedule, instruction["body"], fabric, kernels, parameters)
             state.scaled_onto(body, instruction.get("trip_count", 1))
         elif kind == "compute":
-            works = _works(instruction, schedule["expert_row_share"])
+            works = works_of(instruction, _row_share(schedule, instruction))
             seconds = sum(kernels.seconds(work, fabric.gpu) for work in works)
             state.compute_free += seconds
             state.compute += seconds
@@ -148,52 +146,5 @@ def _wait(state: Walk, end: Number, scope: str) -> None:
     state.compute_free += waited
 
 
-def _works(instruction: dict, expert_row_share: Number) -> list[Work]:
-    """An instruction as kernel calls; bytes beyond the products' own operands are a pass of their own."""
-    share = expert_row_share if instruction.get("scope", "").split("/")[-1] == "experts" else 1.0
-    dtype = "fp8" if instruction.get("dtype", "").startswith("f8") else "bf16"
-    if attention := instruction.get("attention"):
-        op = "attention_backward" if attention["backward"] else "attention"
-        shape = (attention["context"], attention["head_dim"])
-        return [Work(op, "bf16", attention["flops"], instruction["bytes"], shape)]
-    known = instruction.get("gemms") or _assumed(instruction)
-    products = [gemm(m * share, k, n, dtype, batch) for m, n, k, batch in known]
-    weights = sum(batch * k * n * 2 for _, n, k, batch in known)
-    # Rows shrink, weights do not.
-    touched = weights + (instruction["bytes"] - weights) * share
-    rest = touched - sum(work.bytes for work in products)
-    return products + ([memory_pass(rest)] if rest > 0 else [])
-
-
-def _assumed(instruction: dict) -> list[list[Number]]:
-    """Without shapes, the square product of as many FLOPs."""
-    side = (instruction["flops"] / 2) ** (1 / 3)
-    return [[side, side, side, 1]] if side else []
-
-
-def collective_seconds(instruction: dict, fabric: Fabric, parameters: NetworkParameters) -> Number:
-    """Returns the time of one collective of a schedule."""
-    op, moved = instruction["op"], float(instruction["bytes"])
-    group, stride = int(instruction["group_size"]), int(instruction.get("group_stride", 1))
-    if group <= 1 or moved == 0:
-        return 0.0
-    if op in ("all_to_all", "ragged_all_to_all"):
-        return _even_all_to_all(moved, group, stride, fabric, parameters)
-    if op == "all_reduce":
-        return network.all_reduce_seconds(moved, group, fabric, parameters, stride)
-    if op == "collective_permute":
-        return network.send_seconds(moved, fabric, parameters)
-    return network.gather_seconds(moved, group, fabric, parameters, stride)
-
-
-def _even_all_to_all(
-    moved: Number, group: int, stride: int, fabric: Fabric, parameters: NetworkParameters
-) -> Number:
-    """Every member sends an equal part to every member; groups side by side keep all GPUs busy."""
-    members = max(fabric.gpus_per_node // stride, 1)
-    narrow = dataclasses.replace(
-        fabric, gpus_per_node=min(members, group),
-        nics_per_node=1, nic_bytes_per_s=fabric.nic_bytes_per_s / fabric.gpus_per_nic * min(members, group),
-    )  # fmt: skip
-    matrix = np.full((group, group), moved / group)
-    return network.all_to_all_seconds(network.direct_traffic(matrix, narrow), narrow, parameters)
+def _row_share(schedule: dict[str, typing.Any], instruction: dict) -> Number:
+    return schedule["expert_row_share"] if instruction.get("scope", "").split("/")[-1] == "experts" else 1.0

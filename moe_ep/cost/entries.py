@@ -1,0 +1,62 @@
+"""Seconds of the entries of a compiled schedule: products with their shapes, passes, collectives.
+
+An entry is a dictionary of the schedule's format (moe_ep/simulate/schedule.py says what is in it).
+"""
+
+import typing
+
+import numpy as np
+
+from moe_ep.cost import network
+from moe_ep.cost.kernels import Work, gemm, memory_pass
+from moe_ep.cost.network import Fabric, NetworkParameters
+from moe_ep.cost.units import Number
+
+Entry = dict[str, typing.Any]
+_EXCHANGES = ("all_to_all", "ragged_all_to_all")
+
+
+def works_of(entry: Entry, row_share: Number = 1.0) -> list[Work]:
+    """Returns a compute entry as kernel calls; bytes beyond the products' own operands are a pass of their own.
+
+    Args:
+      row_share: the share of a product's rows that its kernel does not skip.
+    """
+    if attention := entry.get("attention"):
+        op = "attention_backward" if attention["backward"] else "attention"
+        return [Work(op, "bf16", attention["flops"], entry["bytes"], (attention["context"], attention["head_dim"]))]
+    dtype = "fp8" if entry.get("dtype", "").startswith("f8") else "bf16"
+    known = entry.get("gemms") or _square_product(entry)
+    products = [gemm(rows * row_share, inner, columns, dtype, batch) for rows, columns, inner, batch in known]
+    # Rows shrink, weights do not.
+    weights = sum(2 * batch * inner * columns for _, columns, inner, batch in known)
+    rest = weights + (entry["bytes"] - weights) * row_share - sum(work.bytes for work in products)
+    return products + ([memory_pass(rest)] if rest > 0 else [])
+
+
+def _square_product(entry: Entry) -> list[list[Number]]:
+    """Where only FLOPs are known: the square product of as many."""
+    side = (entry["flops"] / 2) ** (1 / 3)
+    return [[side, side, side, 1]] if side else []
+
+
+def collective_seconds(entry: Entry, fabric: Fabric, parameters: NetworkParameters) -> Number:
+    """Returns the seconds of one execution of a collective under even routing."""
+    op, payload, group, stride = entry["op"], entry["bytes"], entry["group_size"], entry.get("group_stride", 1)
+    if op in _EXCHANGES:
+        return _even_exchange(payload, group, stride, fabric, parameters)
+    if op == "all_reduce":
+        return network.all_reduce_seconds(payload, group, fabric, parameters, stride)
+    if op == "collective_permute":
+        return network.send_seconds(payload, fabric, parameters)
+    return network.gather_seconds(payload, group, fabric, parameters, stride)
+
+
+def _even_exchange(payload: Number, group: int, stride: int, fabric: Fabric, parameters: NetworkParameters) -> Number:
+    """Every member sends an equal part to every member; groups side by side exchange at the same time."""
+    gpus = group * stride
+    matrix = np.zeros((gpus, gpus))
+    for first in range(stride):
+        members = np.arange(first, gpus, stride)
+        matrix[np.ix_(members, members)] = payload / group
+    return network.all_to_all_seconds(network.direct_traffic(matrix, fabric), fabric, parameters)
