@@ -16,13 +16,14 @@ os.environ["XLA_FLAGS"] = " ".join([
 import hypothesis  # noqa: E402  (the environment above is read when jax is imported)
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import tests.typecheck  # noqa: E402, F401  (the hook below looks it up by name)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Annotations become checks at each call, shapes included; it must come before moe_ep is imported.
-jaxtyping.install_import_hook("moe_ep", "beartype.beartype")
+jaxtyping.install_import_hook("moe_ep", "tests.typecheck.checked")
 
 # The same examples in every run. HYPOTHESIS_PROFILE=search looks for new ones.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=25)

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from small import batch, largest_error, make_config, mesh_of
+from tests.train.small import batch, largest_error, make_config, mesh_of
 
 from moe_ep.train.state import init_state
 from moe_ep.train.step import make_gradients, make_step, parameter_specs

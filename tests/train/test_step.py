@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import batch, largest_error, make_config, mesh_of
+from tests.train.small import batch, largest_error, make_config, mesh_of
 
 from moe_ep.config import BalanceConfig
 from moe_ep.train import balance

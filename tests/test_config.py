@@ -1,0 +1,102 @@
+"""Configs: what presets say, typed overrides, derived sizes."""
+
+import dataclasses
+import glob
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+
+from moe_ep import override
+from moe_ep.config import (
+    Config,
+    ConfigError,
+    active_parameters,
+    check,
+    cpu8_tiny,
+    flatten,
+    forward_flops_per_token,
+    parameters_by_part,
+    to_json,
+)
+from moe_ep.model.transformer import Transformer, for_platform
+
+PRESETS = sorted(glob.glob("configs/*.py"))
+
+
+def test_presets_are_there():
+    names = {path.split("/")[-1].removesuffix(".py") for path in PRESETS}
+    assert names >= {"cpu8_tiny", "seed_e16", "seed_e32", "seed_e64", "seed_e128", "baseline_ep4", "baseline_ep8",
+                     "baseline_ep16", "single_gpu"}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PRESETS)
+def test_preset_is_valid_and_its_parameters_are_counted(path):
+    config = check(override.load(path))
+    model = for_platform(config.model, "cpu")
+    shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), model))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == sum(parameters_by_part(model).values())
+
+
+def test_weights_per_gpu_of_the_reference_model():
+    """SPEC of the experiment: 30.65 + 21.06 + 1.59 + 1.44 GB of BF16 with one expert per layer on a GPU."""
+    parts = parameters_by_part(override.load("configs/seed_e128.py").model)
+    gigabytes = {name: 2e-9 * count for name, count in parts.items()}
+    assert gigabytes["experts"] / 128 == pytest.approx(30.65, abs=0.01)
+    assert gigabytes["attention"] == pytest.approx(21.06, abs=0.01)
+    assert gigabytes["dense"] == pytest.approx(1.59, abs=0.01)
+    assert gigabytes["embedding"] == pytest.approx(1.44, abs=0.01)
+
+
+def test_active_parameters_leave_out_unchosen_experts_and_the_embedding():
+    model = cpu8_tiny().model
+    parts = parameters_by_part(model)
+    expected = sum(parts.values()) - parts["experts"] * 6 // 8 - parts["embedding"] // 2 - parts["norm"]
+    assert active_parameters(model) == expected
+    assert forward_flops_per_token(model, 128) > 2 * expected
+
+
+def test_json_holds_every_field():
+    assert json.loads(to_json(Config()))["model"]["moe"]["top_k"] == 2
+
+
+_LEAVES = [(name, value) for name, _, value in flatten(Config()) if value is not None]
+
+
+@hypothesis.given(st.sampled_from(_LEAVES))
+def test_every_field_takes_its_own_value_back(leaf):
+    name, value = leaf
+    text = ",".join(str(item) for item in value) if isinstance(value, tuple) else str(value)
+    assert override.apply(Config(), [f"{name}={text}"]) == Config()
+
+
+def test_overrides_are_typed_and_applied_in_turn():
+    config = override.apply(Config(), ["mesh.expert=8", "train.steps=1_000", "dispatch.drop=true", "mesh.expert=none"])
+    assert (config.mesh.expert, config.train.steps, config.dispatch.drop) == (None, 1000, True)
+
+
+@hypothesis.given(st.text(max_size=30))
+def test_any_text_is_taken_or_refused_with_one_line(text):
+    try:
+        override.apply(Config(), [text])
+    except ConfigError as error:
+        assert "--set" in str(error)
+
+
+@pytest.mark.parametrize("text", ["config = 3", "config = Nothing()", "def f(:", "import nowhere_at_all"])
+def test_a_config_file_that_does_not_make_a_config_is_refused(text, tmp_path):
+    path = tmp_path / "wrong.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="--config="):
+        override.load(str(path))
+
+
+def test_numbers_of_a_config_must_be_finite_and_positive():
+    config = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, steps=-1))
+    with pytest.raises(ConfigError, match="train.steps=-1"):
+        check(config)
+    with pytest.raises(ConfigError, match="finite"):
+        check(override.apply(Config(), [f"train.router_z_loss={np.inf}"]))
