@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float
 
 from moe_ep.config import DispatchConfig, ModelConfig
+from moe_ep.model.kv_cache import Lengths, Pages
 from moe_ep.model.mla import MultiHeadLatentAttention
 from moe_ep.model.moe import DenseMLP, MoE, MoEReport
 from moe_ep.model.norm import RMSNorm
@@ -27,8 +29,21 @@ class AttentionHalf(nnx.Module):
         )
 
     def __call__(self, x: Activations, positions: Positions) -> Activations:
+        return self.prefill(x, positions)[0]
+
+    def prefill(self, x: Activations, positions: Positions) -> tuple[Activations, Float[Array, "b s W"]]:
+        """Returns the half's output and what is cached of every token."""
         with jax.named_scope("attention"):
-            return x + self.attention(self.norm(x), positions)
+            attended, cached = self.attention.prefill(self.norm(x), positions)
+            return x + attended, cached
+
+    def decode(
+        self, x: Activations, cached: Float[Array, "n rows W"], pages: Pages, lengths: Lengths
+    ) -> tuple[Activations, Float[Array, "n rows W"]]:
+        """Returns the half's output for one new token a sequence, and the cache with its rows."""
+        with jax.named_scope("attention"):
+            attended, cached = self.attention.decode(self.norm(x), cached, pages, lengths)
+            return x + attended, cached
 
 
 class DenseBlock(nnx.Module):
@@ -48,7 +63,10 @@ class DenseBlock(nnx.Module):
         )
 
     def __call__(self, x: Activations, positions: Positions) -> Activations:
-        x = self.first(x, positions)
+        return self.feed_forward(self.first(x, positions))
+
+    def feed_forward(self, x: Activations) -> Activations:
+        """Returns the second half's output."""
         with jax.named_scope("dense"):
             return x + self.mlp(self.norm(x))
 
@@ -76,7 +94,12 @@ class MoEBlock(nnx.Module):
         dispatch: DispatchConfig,
         replay: Choices | None = None,
     ) -> tuple[Activations, MoEReport]:
-        x = self.first(x, positions)
+        return self.feed_forward(self.first(x, positions), bias, dispatch, replay)
+
+    def feed_forward(
+        self, x: Activations, bias: RouterBias, dispatch: DispatchConfig, replay: Choices | None = None
+    ) -> tuple[Activations, MoEReport]:
+        """Returns the second half's output and what its routing counted."""
         with jax.named_scope("moe"):
             routed, report = self.moe(self.norm(x), bias, dispatch, replay)
         return x + routed, report

@@ -11,7 +11,9 @@ from jax import Array
 from jaxtyping import Float
 
 from moe_ep.config import AttentionConfig
+from moe_ep.kernels.mla_decode import mla_decode
 from moe_ep.mesh import GPU
+from moe_ep.model.kv_cache import Lengths, Pages, append
 from moe_ep.model.norm import RMSNorm, rotate
 from moe_ep.model.parameter import matrix, whole
 from moe_ep.shapes import Activations, Positions, Queries, Values
@@ -63,12 +65,39 @@ class MultiHeadLatentAttention(nnx.Module):
         )
 
     def __call__(self, x: Activations, positions: Positions) -> Activations:
-        """Attends causally inside each sequence, with keys and values expanded: training and prefill."""
-        queries = self.make_queries(x, positions)
-        keys, values = self.expand(self.compress(x, positions))
+        """Attends causally inside each sequence, with keys and values expanded."""
+        return self.prefill(x, positions)[0]
+
+    def prefill(self, x: Activations, positions: Positions) -> tuple[Activations, Float[Array, "b s W"]]:
+        """Attends like a call, and returns what is cached of every token too."""
+        queries, cached = self.make_queries(x, positions), self.compress(x, positions)
+        keys, values = self.expand(cached)
         attend = ATTENTIONS[self.config.implementation]
         attended = attend(queries, keys, values, self.scale)
-        return jnp.einsum("bshu,hud->bsd", attended, whole(self.output, self.dtype))
+        return jnp.einsum("bshu,hud->bsd", attended, whole(self.output, self.dtype)), cached
+
+    def decode(
+        self, x: Float[Array, "b 1 D"], cached: Float[Array, "n rows W"], pages: Pages, lengths: Lengths
+    ) -> tuple[Float[Array, "b 1 D"], Float[Array, "n rows W"]]:
+        """Attends one new token a sequence over its cache, absorbed: keys and values are never expanded.
+
+        Args:
+          x: the new tokens.
+          cached: pages of rows.
+          pages: of each sequence.
+          lengths: tokens that the cache holds of each; the new one's position.
+
+        Returns:
+          The output, and the cache with the new tokens' rows.
+        """
+        positions = lengths[:, None]
+        nope, rope = jnp.split(self.make_queries(x, positions)[:, 0], [self.config.nope_dim], axis=-1)
+        cached = append(cached, pages, lengths, self.compress(x, positions)[:, 0])
+        up_keys, up_values = jnp.split(whole(self.up, self.dtype), [self.config.nope_dim], axis=-1)
+        q_latent = jnp.einsum("bhn,zhn->bhz", nope, up_keys)
+        attended = mla_decode(q_latent, rope, cached, lengths + 1, scale=self.scale, pages=pages)
+        values = jnp.einsum("bhz,zhu->bhu", attended, up_values)
+        return jnp.einsum("bhu,hud->bd", values, whole(self.output, self.dtype))[:, None], cached
 
     @property
     def scale(self) -> float:

@@ -12,6 +12,8 @@ from jaxtyping import Float32, Int32
 from moe_ep.config import DispatchConfig, ModelConfig
 from moe_ep.dispatch.exchange import CROSSED
 from moe_ep.model.block import AttentionHalf, DenseBlock, MoEBlock
+from moe_ep.model.decode import decode_blocks, prefill_blocks
+from moe_ep.model.kv_cache import LatentCache, Lengths, Pages, own_pages
 from moe_ep.model.moe import MoEReport
 from moe_ep.model.norm import RMSNorm
 from moe_ep.model.parameter import matrix, stack
@@ -54,8 +56,7 @@ class Transformer(nnx.Module):
           dispatch: how rows travel, and the waves of this program.
           replay: choices to use instead of the routers' own.
         """
-        with jax.named_scope("embedding"):
-            x = self.embedding[...].astype(jnp.dtype(self.config.dtype))[tokens]
+        x = self.embed(tokens)
         remember = _REMAT[self.config.remat]
         positions = _positions(x)
 
@@ -68,6 +69,59 @@ class Transformer(nnx.Module):
         scan_blocks = _OVERLAPS[dispatch.overlap]
         x, reports = scan_blocks(x, self.moe, bias, replay, remember, dispatch)
         return self.norm(x), reports
+
+    def prefill(
+        self, tokens: Tokens, lengths: Lengths, bias: Float32[Array, "L E"], dispatch: DispatchConfig
+    ) -> tuple[Float32[Array, "b V"], LatentCache, MoEReport]:
+        """Runs whole prompts.
+
+        Args:
+          tokens: this device's prompts, each from position 0; what stands behind a
+            prompt's end changes nothing before it.
+          lengths: tokens of each prompt.
+          bias: the balance bias of every MoE layer.
+          dispatch: how rows travel, and the waves of this program.
+
+        Returns:
+          The logits of each prompt's last token; the cache, with room for s tokens
+          (`kv_cache.with_rows` makes more); every MoE layer's report.
+        """
+        x = self.embed(tokens)
+        x, cache, reports = prefill_blocks(x, _positions(x), self.dense, self.moe, bias, dispatch)
+        last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+        return self.logits(self.norm(last))[:, 0], cache, reports
+
+    def decode(
+        self,
+        tokens: Int32[Array, "b"],
+        cache: LatentCache,
+        lengths: Lengths,
+        bias: Float32[Array, "L E"],
+        dispatch: DispatchConfig,
+        pages: Pages | None = None,
+    ) -> tuple[Float32[Array, "b V"], LatentCache, MoEReport]:
+        """Runs one new token of each sequence; one program serves all lengths.
+
+        Args:
+          tokens: the new ones.
+          cache: of the tokens before; donate it. Its rows at `lengths` are written.
+          lengths: tokens before the new one, its position.
+          bias: the balance bias of every MoE layer.
+          dispatch: how rows travel, and the waves of this program.
+          pages: of each sequence in the cache, in order; None where each has a page to itself.
+
+        Returns:
+          The logits of the next token; the cache; every MoE layer's report.
+        """
+        pages = own_pages(cache) if pages is None else pages
+        x = self.embed(tokens[:, None])
+        x, cache, reports = decode_blocks(x, self.dense, self.moe, cache, pages, lengths, bias, dispatch)
+        return self.logits(self.norm(x))[:, 0], cache, reports
+
+    def embed(self, tokens: Tokens) -> Activations:
+        """Returns the tokens' rows of the embedding."""
+        with jax.named_scope("embedding"):
+            return self.embedding[...].astype(jnp.dtype(self.config.dtype))[tokens]
 
     def logits(self, hidden: Activations) -> Logits:
         """Returns float32 logits over the vocabulary."""

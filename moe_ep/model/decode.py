@@ -1,0 +1,163 @@
+"""Blocks with a cache: whole prompts that leave their latents behind, and one new token a sequence.
+
+The cache of a stack is carried through the scan over its layers as one array, all
+layers' rows end to end: a layer's row is written in place, and attention reads
+where the layer's page table points, so no layer's cache is ever copied out.
+
+A step writes the one row at `lengths` of each sequence, and nothing reads that row
+until the caller moves `lengths` on. So a step whose routing needed more waves than
+its program has is simply run again on another program, with the cache that came
+back: it writes the same row once more.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Float32
+
+from moe_ep.config import DispatchConfig
+from moe_ep.model.block import AttentionHalf, DenseBlock, MoEBlock
+from moe_ep.model.kv_cache import LatentCache, Lengths, Pages, last_rows
+from moe_ep.model.moe import MoEReport
+from moe_ep.model.staggered import scan_staggered
+from moe_ep.shapes import Activations, Positions
+
+Bias = Float32[Array, "L E"]
+
+
+def prefill_blocks(
+    x: Activations, positions: Positions, dense: DenseBlock | None, moe: MoEBlock, bias: Bias, dispatch: DispatchConfig
+) -> tuple[Activations, LatentCache, MoEReport]:
+    """Runs all blocks on whole prompts, keys and values expanded.
+
+    Returns:
+      The blocks' output; the latents of every token, as a cache with room for just
+      these; every MoE layer's report.
+    """
+
+    def dense_step(x: Activations, block: DenseBlock) -> tuple[Activations, Array]:
+        x, rows = block.first.prefill(x, positions)
+        return block.feed_forward(x), rows
+
+    dense_rows = None
+    if dense is not None:
+        x, dense_rows = jax.lax.scan(dense_step, x, dense)
+    x, rows, reports = _PREFILLS[dispatch.overlap](x, positions, moe, bias, dispatch)
+    return x, LatentCache(dense_rows, rows), reports
+
+
+def _prefill_whole(
+    x: Activations, positions: Positions, blocks: MoEBlock, bias: Bias, dispatch: DispatchConfig
+) -> tuple[Activations, Array, MoEReport]:
+    def step(x: Activations, layer: tuple) -> tuple[Activations, tuple]:
+        block, bias = layer
+        x, rows = block.first.prefill(x, positions)
+        x, report = block.feed_forward(x, bias, dispatch)
+        return x, (rows, report)
+
+    x, (rows, reports) = jax.lax.scan(step, x, (blocks, bias))
+    return x, rows, reports
+
+
+def _prefill_halves(
+    x: Activations, positions: Positions, blocks: MoEBlock, bias: Bias, dispatch: DispatchConfig
+) -> tuple[Activations, Array, MoEReport]:
+    def attend(half: AttentionHalf, x: Activations, positions: Any) -> tuple[Activations, Array]:
+        return half.prefill(x, positions)
+
+    extras = jnp.broadcast_to(positions[None], (bias.shape[0], *positions.shape))
+    x, reports, rows = scan_staggered(attend, x, blocks, bias, None, extras, lambda step: step, dispatch)
+    return x, rows, reports
+
+
+_PREFILLS = {"none": _prefill_whole, "chunks": _prefill_whole, "staggered": _prefill_halves}
+
+
+def decode_blocks(
+    x: Activations,
+    dense: DenseBlock | None,
+    moe: MoEBlock,
+    cache: LatentCache,
+    pages: Pages,
+    lengths: Lengths,
+    bias: Bias,
+    dispatch: DispatchConfig,
+) -> tuple[Activations, LatentCache, MoEReport]:
+    """Runs all blocks on one new token a sequence, attention absorbed.
+
+    Args:
+      x: one position of each sequence.
+      dense: the dense stack, or None.
+      moe: the MoE stack.
+      cache: of the tokens before; donate it, it is written in place.
+      pages: of each sequence, in order.
+      lengths: tokens of each sequence that the cache holds: the new one's position.
+      bias: of every MoE layer.
+      dispatch: how rows travel. "staggered" needs sequences that are not in pages.
+
+    Returns:
+      The blocks' output; the cache with the new rows; every MoE layer's report.
+    """
+
+    def dense_step(carry: tuple, layer: tuple) -> tuple[tuple, None]:
+        x, rows = carry
+        block, layer_pages = layer
+        x, rows = block.first.decode(x, rows, layer_pages, lengths)
+        return (block.feed_forward(x), rows), None
+
+    dense_rows = None
+    if dense is not None:
+        layers = (dense, _pages_of_layers(cache.dense, pages))
+        (x, rows), _ = jax.lax.scan(dense_step, (x, _end_to_end(cache.dense)), layers)
+        dense_rows = rows.reshape(cache.dense.shape)
+    x, rows, reports = _DECODES[dispatch.overlap](x, moe, cache.moe, pages, lengths, bias, dispatch)
+    return x, LatentCache(dense_rows, rows), reports
+
+
+def _decode_whole(
+    x: Activations, blocks: MoEBlock, cached: Array, pages: Pages, lengths: Lengths, bias: Bias, dispatch: DispatchConfig
+) -> tuple[Activations, Array, MoEReport]:
+    def step(carry: tuple, layer: tuple) -> tuple[tuple, MoEReport]:
+        x, rows = carry
+        block, bias, layer_pages = layer
+        x, rows = block.first.decode(x, rows, layer_pages, lengths)
+        x, report = block.feed_forward(x, bias, dispatch)
+        return (x, rows), report
+
+    layers = (blocks, bias, _pages_of_layers(cached, pages))
+    (x, rows), reports = jax.lax.scan(step, (x, _end_to_end(cached)), layers)
+    return x, rows.reshape(cached.shape), reports
+
+
+def _decode_halves(
+    x: Activations, blocks: MoEBlock, cached: Array, pages: Pages, lengths: Lengths, bias: Bias, dispatch: DispatchConfig
+) -> tuple[Activations, Array, MoEReport]:
+    """Each half has its own sequences' rows of a layer; only the new ones leave the scan."""
+    del pages
+
+    def attend(half: AttentionHalf, x: Activations, extra: tuple) -> tuple[Activations, Array]:
+        rows, lengths = extra
+        own = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
+        x, rows = half.decode(x, rows, own, lengths)
+        return x, last_rows(rows, lengths)
+
+    extras = (cached, jnp.broadcast_to(lengths[None], (bias.shape[0], *lengths.shape)))
+    x, reports, new = scan_staggered(attend, x, blocks, bias, None, extras, lambda step: step, dispatch)
+    sequence = jnp.arange(lengths.shape[0], dtype=jnp.int32)
+    return x, cached.at[:, sequence, lengths].set(new, mode="drop"), reports
+
+
+_DECODES = {"none": _decode_whole, "chunks": _decode_whole, "staggered": _decode_halves}
+
+
+def _end_to_end(cached: Float[Array, "L n rows W"]) -> Float[Array, "Ln rows W"]:
+    return cached.reshape(-1, *cached.shape[2:])
+
+
+def _pages_of_layers(cached: Float[Array, "L n rows W"], pages: Pages) -> Array:
+    """Returns every layer's page table into the stack's pages end to end."""
+    layers, owned = cached.shape[:2]
+    first = jnp.arange(layers, dtype=jnp.int32) * owned
+    return pages[None] + first[:, None, None]
