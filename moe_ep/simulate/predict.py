@@ -76,7 +76,7 @@ def _assemble(scenario: Scenario, stage: StageWork, parts: dict[str, Number], mi
     times = workload.micro_batches if training else 1
     # In a pipeline that trains a step is all micro-batches through all stages.
     rate_per_gpu = workload.tokens_kept / seconds / layout.pp
-    flops = forward_flops_per_token(scenario.model, _flop_context(scenario)) * (3 if training else 1)
+    flops = _flops_per_token(scenario) * (3 if training else 1)
     network_s, compute_s = times * network_seconds(stage, chunks), times * compute_seconds(stage, chunks)
     busy = seconds / scenario.stack.step_factor
     exposed = min(max(busy - compute_s, 0.0), network_s)
@@ -102,10 +102,13 @@ def _assemble(scenario: Scenario, stage: StageWork, parts: dict[str, Number], mi
     )
 
 
-def _flop_context(scenario: Scenario) -> Number:
-    """`forward_flops_per_token` averages a causal triangle; a decoded token meets its whole cache."""
-    context = scenario.workload.context
-    return 2 * context if scenario.workload.phase == "decode" else context
+def _flops_per_token(scenario: Scenario) -> Number:
+    """The model's forward FLOPs of a token; prefill makes logits of each prompt's last token alone."""
+    model, workload = scenario.model, scenario.workload
+    if workload.phase == "decode":  # the formula averages a causal triangle; a decoded token meets its whole cache
+        return forward_flops_per_token(model, 2 * workload.context)
+    skipped = 1 - 1 / workload.context if workload.phase == "prefill" else 0.0
+    return forward_flops_per_token(model, workload.context) - skipped * 2 * model.vocabulary * model.width
 
 
 def _ms_per_token(scenario: Scenario, seconds: Number) -> Number:

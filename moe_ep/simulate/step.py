@@ -82,15 +82,17 @@ def _dense_seconds(scenario: Scenario, tokens: Number, backward: bool) -> Number
 
 
 def _update_seconds(scenario: Scenario) -> Number:
-    """Gradients summed over the replicas of each part, and Adam's pass over what a GPU holds."""
+    """Gradients summed over the replicas of each part, and the passes over what a GPU holds."""
     model, layout, fabric, parameters = scenario.model, scenario.layout, scenario.fabric, scenario.stack.network
     parts = parameters_by_part(model)
     experts = parts["experts"] * scenario.slots / model.moe.num_experts / layout.pp
     rest = (sum(parts.values()) - parts["experts"]) / layout.pp
     seconds = network.all_reduce_seconds(experts * 4, layout.expert_replicas, fabric, parameters, layout.ep)
     seconds += network.all_reduce_seconds(rest * 4, layout.stage_gpus, fabric, parameters)
-    # Adam reads parameter, gradient and two moments and writes all but the gradient, in float32.
-    return seconds + scenario.stack.kernels.seconds(memory_pass((experts + rest) * 4 * 7), fabric.gpu)
+    # In float32 Adam reads parameter, gradient and two moments and writes all but the gradient,
+    # the gradients' norm reads them once, and the computation's copy is read in 4 and written in 2 bytes.
+    touched = (experts + rest) * (4 * 7 + 4 + 6)
+    return seconds + scenario.stack.kernels.seconds(memory_pass(touched), fabric.gpu)
 
 
 def _send_seconds(scenario: Scenario) -> Number:
