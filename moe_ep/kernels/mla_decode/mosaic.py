@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moe_ep.kernels import device
 from moe_ep.kernels.mla_decode import block
-from moe_ep.kernels.mla_decode.block import HEADS, MAX_LATENT, ROWS
+from moe_ep.kernels.mla_decode.block import HEADS, MAX_HALF_LATENT, ROWS
 
 SHARED_MEMORY_BYTES = 227 * 1024  # Hopper's opt-in limit for one block
 
@@ -62,8 +62,8 @@ def refusal(q_latent, q_rope, cache) -> str:
         return f"bfloat16 or float16, not {q_latent.dtype.name}"
     if heads % HEADS:
         return f"a multiple of {HEADS} heads, not {heads}"
-    if latent % 128 or latent > MAX_LATENT or rope % 16:
-        return f"latents of a multiple of 128 up to {MAX_LATENT} and rotary keys of 16, not {latent} and {rope}"
+    if latent % 128 or latent > 2 * MAX_HALF_LATENT or rope % 16:
+        return f"latents of a multiple of 128 up to {2 * MAX_HALF_LATENT} and rotary keys of 16, not {latent} and {rope}"
     if cache.shape[1] % ROWS:
         return f"sequences or pages of a multiple of {ROWS} cache rows, not {cache.shape[1]}"
     needed = shared_memory_bytes(latent, rope)
@@ -73,9 +73,9 @@ def refusal(q_latent, q_rope, cache) -> str:
 
 
 def shared_memory_bytes(latent: int, rope: int) -> int:
-    """Returns what a block keeps in shared memory: queries, slots, weights, values per head, barriers."""
+    """Returns what a block keeps in shared memory: queries, slots, weights, factors, barriers."""
     two_byte_values = (HEADS + block.SLOTS * ROWS) * (latent + rope) + HEADS * ROWS
-    return 2 * two_byte_values + 2048 + 1024
+    return 2 * two_byte_values + 1024 + 1024
 
 
 def _first_rows(sequences, rows_per_owner, pages):
@@ -134,7 +134,7 @@ def decode_pieces(q_latent, q_rope, cache_rows, first_rows, lengths, *, scale, t
             ),
             jax.ShapeDtypeStruct((tiling.pieces, sequences, heads), jnp.float32),
         ),
-        scratch_types=block.scratch_types(latent, q_rope.shape[2], dtype),
+        scratch_types=block.scratch_types(latent // 2, q_rope.shape[2], dtype),
         grid=(tiling.pieces, sequences, heads // HEADS // tiling.cluster),
         grid_names=("piece", "sequence", "head_tiles"),
         cluster=(tiling.cluster,),
