@@ -61,6 +61,8 @@ class MoEConfig:
     groups: int = 1  # group-limited routing: experts in this many groups ...
     groups_kept: int = 1  # ... of which a token may use these many
     group_score: Literal["max", "top2_sum"] = "top2_sum"  # top2_sum where a bias exists (DeepSeek-V3)
+    # Of the experts' products; auto reads the table measured for the GPU.
+    implementation: Literal["auto", "reference", "dense", "tiled", "scanned", "mosaic"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,7 @@ class MeshConfig:
 class DispatchConfig:
     """How rows travel between tokens and experts."""
 
-    transport: Literal["all_to_all", "all_gather"] = "all_to_all"
+    transport: Literal["all_to_all", "all_gather", "ragged"] = "all_to_all"
     overlap: Literal["none", "chunks", "staggered"] = "chunks"
     chunks: int = 1
     waves: int = 1  # the waves the first compiled program has; it grows when routing needs it
@@ -141,10 +143,23 @@ class TrainConfig:
     router_z_loss: float = 0.0
     validation_every: int = 50  # steps; 0: never
     validation_batches: int = 2
-    checkpoint_every: int = 100  # steps; 0: only at the end
+    checkpoint_every: int = 100  # steps, and at the end; 0: never
     checkpoints_kept: int = 2
     sample_tokens: int = 120  # generated at the end as a sample; 0: none
     optimizer: OptimizerConfig = OptimizerConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """What `--mode=generate` completes, and how it draws tokens; the seed is the run's."""
+
+    prompt: str = ""  # one prompt; "": prompt_file
+    prompt_file: str = ""  # a prompt a line; "": standard input
+    max_tokens: int = 64  # of a completion; the end of a text ends it earlier
+    temperature: float = 0.0  # 0: always the most likely token
+    top_k: int = 0  # draw from so many most likely tokens; 0: from all
+    top_p: float = 1.0  # draw from the most likely tokens that together have this probability
+    sequences_per_device: int = 8  # at most, in one batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +238,7 @@ class Config:
     dispatch: DispatchConfig = DispatchConfig()
     balance: BalanceConfig = BalanceConfig()
     train: TrainConfig = TrainConfig()
+    generate: GenerateConfig = GenerateConfig()
     data: DataConfig = DataConfig()
     cluster: ClusterConfig = ClusterConfig()
     aot: AotConfig = AotConfig()
@@ -266,6 +282,20 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+def from_dict(kind: type, values: dict) -> typing.Any:
+    """Returns the dataclass `kind` of a dictionary as `to_json` writes it; fields that it lacks have their defaults.
+
+    Raises:
+      KeyError: a field that the dataclass does not have.
+    """
+    types, fields = typing.get_type_hints(kind), {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types[name]):
+            value = from_dict(types[name], value)
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**fields)
+
+
 def flatten(config: object, prefix: str = "") -> typing.Iterator[tuple[str, object, object]]:
     """Yields (dotted name, declared type, value) of every leaf field."""
     types = typing.get_type_hints(type(config))
@@ -284,6 +314,7 @@ _MAY_BE_ZERO = frozenset({
     "train.validation_batches", "train.checkpoint_every", "train.sample_tokens", "seed",
     "train.optimizer.weight_decay", "train.optimizer.warmup_steps", "train.optimizer.final_fraction",
     "train.optimizer.beta1", "train.optimizer.beta2", "data.validation_fraction",
+    "generate.temperature", "generate.top_k",
 })  # fmt: skip
 
 
@@ -337,6 +368,8 @@ def _check_layout(config: Config) -> None:
             f"a divisor of cluster.gpus_per_node = {cluster.gpus_per_node}")  # fmt: skip
     chunks, overlap = config.dispatch.chunks, config.dispatch.overlap
     require(chunks == 1 or overlap == "chunks", "dispatch.chunks", chunks, "1 unless dispatch.overlap=chunks")
+    require(chunks == 1 or config.dispatch.transport != "ragged", "dispatch.chunks", chunks,
+            "1 with dispatch.transport=ragged, which moves a wave at once")  # fmt: skip
 
 
 def check_node_split(degree: int, gpus_per_node: int) -> None:
@@ -353,6 +386,7 @@ def _check_training(config: Config) -> None:
     require(train.optimizer.beta2 < 1, "train.optimizer.beta2", train.optimizer.beta2, "less than 1")
     require(train.optimizer.warmup_steps <= train.steps, "train.optimizer.warmup_steps", train.optimizer.warmup_steps,
             f"at most train.steps = {train.steps}")  # fmt: skip
+    require(config.generate.top_p <= 1, "generate.top_p", config.generate.top_p, "at most 1")
     require(config.data.validation_fraction < 1, "data.validation_fraction", config.data.validation_fraction,
             "less than 1")  # fmt: skip
     require(balance.interval_ms is None or balance.interval_steps == 1, "balance.interval_ms", balance.interval_ms,

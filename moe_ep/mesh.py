@@ -64,6 +64,12 @@ def shardings(mesh: Mesh, specs: object) -> object:
     )
 
 
+def peak_bytes(mesh: Mesh) -> int | None:
+    """Returns the most bytes that this process's first device has held, None where it does not count (a CPU)."""
+    statistics = mesh.local_devices[0].memory_stats()
+    return statistics["peak_bytes_in_use"] if statistics else None
+
+
 def vary(tree: object) -> object:
     """Marks every array, inside shard_map, as each device's own.
 

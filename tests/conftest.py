@@ -8,6 +8,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""),
     f"--xla_force_host_platform_device_count={EMULATED_DEVICES}",
+    # Programs here are compiled once and run a few times: half the time is LLVM's optimiser.
+    "--xla_backend_optimization_level=0",
     # 128 devices share a few cores, so the last may reach a collective long after the first.
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",

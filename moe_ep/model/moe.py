@@ -62,6 +62,7 @@ class Experts(nnx.Module):
 
     def __init__(self, key: Array, width: int, config: MoEConfig, *, dtype: jnp.dtype, output_scale: float):
         self.activation, self.dtype = config.activation, dtype
+        self.implementation = None if config.implementation == "auto" else config.implementation
         keys = jax.random.split(key, 3)
         experts, hidden, axes = config.num_experts, config.hidden, (EXPERT, None, None)
         self.w_in = matrix(keys[0], (experts, width, hidden), axes, fan_in=width)
@@ -73,7 +74,7 @@ class Experts(nnx.Module):
         gate = self.w_gate[...].astype(self.dtype) if self.activation == "silu_gated" else None
         weights = ExpertWeights(self.w_in[...].astype(self.dtype), self.w_out[...].astype(self.dtype), gate)
         with jax.named_scope("experts"):
-            return expert_mlp(rows, weights, groups, activation=self.activation)
+            return expert_mlp(rows, weights, groups, activation=self.activation, implementation=self.implementation)
 
 
 class MoE(nnx.Module):

@@ -21,12 +21,12 @@ MeshAxes = tuple[str | tuple[str, ...] | None, ...]
 def matrix(key: Array, shape: tuple[int, ...], axes: MeshAxes, *, fan_in: int, scale: float = 1.0) -> nnx.Param:
     """Returns a float32 parameter drawn from a normal of standard deviation scale / sqrt(fan_in)."""
     values = jax.random.normal(key, shape, jnp.float32) * (scale / math.sqrt(fan_in))
-    return nnx.Param(values, sharding=axes, eager_sharding=False)
+    return nnx.Param(values, out_sharding=axes, eager_sharding=False)
 
 
 def ones(size: int) -> nnx.Param:
     """Returns a float32 vector of ones on every device."""
-    return nnx.Param(jnp.ones((size,), jnp.float32), sharding=(None,), eager_sharding=False)
+    return nnx.Param(jnp.ones((size,), jnp.float32), out_sharding=(None,), eager_sharding=False)
 
 
 def stack(make: Callable[[Array], nnx.Module], key: Array, layers: int) -> nnx.Module:

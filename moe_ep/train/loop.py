@@ -17,7 +17,7 @@ from moe_ep import metrics
 from moe_ep.config import Config, ConfigError, parameters_by_part, require, to_json
 from moe_ep.data import Dataset, make_dataset
 from moe_ep.hardware import gpu_of_device_kind
-from moe_ep.mesh import place_batch
+from moe_ep.mesh import peak_bytes, place_batch
 from moe_ep.train.balance import interval_from_ms
 from moe_ep.train.checkpoint import Checkpoints
 from moe_ep.train.record import Recorder
@@ -75,10 +75,12 @@ def train(config: Config, mesh: Mesh, workdir: Path) -> dict:
         Waves(config.dispatch.waves),
         recorder,
     )
-    state = _run_steps(run, state, first_step, dataset, validation, checkpoints)
-    checkpoints.close()
-    picture = recorder.close()
-    result = _result(config, recorder.history, workdir)
+    try:
+        state = _run_steps(run, state, first_step, dataset, validation, checkpoints)
+    finally:  # an interrupted run keeps its last checkpoint and its picture
+        checkpoints.close()
+        picture = recorder.close()
+    result = _result(config, recorder.history, workdir) | {"peak_bytes_per_device": peak_bytes(mesh)}
     _say_goodbye(config, mesh, state, dataset, result, picture)
     return result
 
@@ -100,8 +102,7 @@ def _run_steps(
         # A step that compiled a program says nothing about how long a step takes.
         step_ms += [elapsed_ms] if attempts == 1 and step > first_step + 1 else []
         state = _set_interval(run, state, step, step_ms)
-        last = step == train.steps
-        if last or (train.checkpoint_every and step % train.checkpoint_every == 0):
+        if train.checkpoint_every and (step == train.steps or step % train.checkpoint_every == 0):
             run.recorder.save_load()
             checkpoints.save(step, state, {"data": dataset.get_state()})
     return state
