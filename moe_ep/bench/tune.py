@@ -52,7 +52,7 @@ def problems() -> Iterator[Problem]:
         yield from (Problem(step, 1, rows, *steps[step]) for step in forward)
     yield from (Problem(step, 1, 4096, *sizes) for step, sizes in steps.items())
     yield from (Problem(step, 1, 4096, *steps[step], inputs=2) for step in activated)
-    grouped_rows = tiles_needed(8192, 8, 64) * 64
+    grouped_rows = tiles_needed(8192, 8, 128) * 128
     yield from (Problem(step, 8, grouped_rows, *sizes) for step, sizes in steps.items())
     yield from (Problem(step, 8, grouped_rows, *steps[step], inputs=2) for step in activated)
     yield from (Problem(step, 8, 8 * 64, *steps[step]) for step in forward)
@@ -122,7 +122,7 @@ def make_operands(problem: Problem, seed: int) -> tuple:
 
 def make_groups(problem: Problem, seed: int) -> RowGroups:
     """Returns full groups for decoding and for one group, else unequal ones that fit in the problem's tiles."""
-    tile = 128 if problem.groups == 1 and problem.rows % 128 == 0 else 64
+    tile = 64 if problem.rows <= 64 * problem.groups else 128
     if problem.groups == 1 or problem.rows <= 64 * problem.groups:
         sizes = np.full(problem.groups, problem.rows // problem.groups)
     else:

@@ -60,7 +60,8 @@ def rows_gradient(d_products, first, groups, tiling=None):
 def weight_gradient(x, dy, groups, group_count, tiling=None):
     """As `Steps.weight_gradient`; a tiling of None is the table's."""
     problem = table.Problem("weight_gradient", group_count, x.shape[0], x.shape[1], dy.shape[1])
-    tiling = fitted(tiling or _tabled_tiling(problem), dy.shape[1], accumulators=1)
+    # A tile of the output is cut from x's columns, which are multiples of two chunks.
+    tiling = fitted(tiling or _tabled_tiling(problem), 2 * CHUNK, dy.shape[1], accumulators=1)
     return mosaic_weights.weight_gradient(x, dy, groups, group_count, tiling)
 
 
@@ -71,7 +72,8 @@ def _row_product(step, kernel, xs, ws, sides, groups, tiling):
     group_count, *sizes = ws[0].shape
     depth, columns = reversed(sizes) if kernel.transposed else sizes
     problem = table.Problem(step, group_count, xs[0].shape[0], depth, columns, kernel.inputs)
-    tiling = fitted(tiling or _tabled_tiling(problem), columns, kernel.accumulators)
+    tile = xs[0].shape[0] // groups.tile_group.shape[0]
+    tiling = fitted(tiling or _tabled_tiling(problem), tile, columns, kernel.accumulators)
     return row_product(kernel, xs, ws, sides, groups, tiling)
 
 

@@ -33,30 +33,28 @@ class Tiling:
 
     stages: of the ring, each DEPTH deep in the contraction.
     raster_width: output tiles taken side by side before the next row of tiles, for L2.
-    ctas_per_multiprocessor: resident at once; above 1 for memory-bound products.
     """
 
     consumers: int = 2
     columns: int = 256
     stages: int = 4
     raster_width: int = 8
-    ctas_per_multiprocessor: int = 1
 
     @property
     def rows(self) -> int:
         return 64 * self.consumers
 
 
-def fitted(tiling: Tiling, columns: int, accumulators: int) -> Tiling:
-    """Returns the tiling cut down to a divisor of `columns` columns and to what fits in shared memory."""
-    consumers = tiling.consumers
+def fitted(tiling: Tiling, tile: int, columns: int, accumulators: int) -> Tiling:
+    """Returns the tiling cut down to divisors of `tile` rows and `columns` columns and to what fits in shared memory."""
+    consumers = 2 if tiling.consumers == 2 and tile % 128 == 0 else 1
     width = tiling.columns
     while columns % (width // accumulators):
         width -= CHUNK * accumulators
     stage_bytes = 2 * DEPTH * (64 * consumers + width)
     slots_bytes = 2 * consumers * STORE_SLOTS * CHUNK * CHUNK
     stages = min(tiling.stages, (_SHARED_BYTES - slots_bytes) // stage_bytes)
-    return dataclasses.replace(tiling, columns=width, stages=stages)
+    return dataclasses.replace(tiling, consumers=consumers, columns=width, stages=stages)
 
 
 def swizzled(shape: tuple[int, ...], dtype):
@@ -138,17 +136,6 @@ def drain_ring(multiply: Callable, products: int, steps, first_step, full, empty
         plgpu.barrier_arrive(empty.at[lax.rem(next_step - 1, jnp.int32(stages))])
 
     return next_step
-
-
-def pass_ring(steps, first_step, full, empty, stages: int):
-    """Hands every stage of one tile back unused."""
-
-    def hand_back(index, _):
-        slot = lax.rem(first_step + index, jnp.int32(stages))
-        plgpu.barrier_wait(full.at[slot])
-        plgpu.barrier_arrive(empty.at[slot])
-
-    lax.fori_loop(0, steps, hand_back, None)
 
 
 def await_empty(next_step, empty, stages: int):

@@ -63,8 +63,14 @@ def write(path: pathlib.Path, device_kind: str, entries: list[Entry]):
     """Replaces one GPU's part of the table."""
     gpus = json.loads(path.read_text()) if path.exists() else {}
     gpus[gpu_model(device_kind)] = [dataclasses.asdict(entry) for entry in entries]
-    path.write_text(json.dumps(gpus, indent=1, sort_keys=True) + "\n")
+    path.write_text(_as_json(gpus))
     read.cache_clear()
+
+
+def _as_json(gpus: dict[str, list[dict]]) -> str:
+    # A line an entry, so that a change of the table reads like one.
+    parts = (f"{json.dumps(gpu)}: [\n" + ",\n".join(map(json.dumps, entries)) + "\n]" for gpu, entries in gpus.items())
+    return "{" + ",\n".join(parts) + "}\n"
 
 
 def _entry(record):
