@@ -20,6 +20,15 @@ from moe_ep.hardware import GPUS, Gpu
 # it, or a program that fills the GPU would be rematerialised and lose its overlap.
 _XLA_PLANNED_SHARE = 0.8
 
+# What such a device calls itself; kernels are chosen by it.
+_DEVICE_KINDS = {
+    "paper_h100": "NVIDIA H100 80GB HBM3",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h800": "NVIDIA H800",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+}
+
 # The options under which this project compiles for GPUs, real or absent.
 COMPILER_OPTIONS = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
@@ -49,7 +58,7 @@ gpu_device_info {{
 platform_name: "CUDA"
 dnn_version_info {{ major: 9  minor: 10  patch: 0 }}
 runtime_version {{ major: 12  minor: 9 }}
-device_description_str: "{gpu.name}"
+device_description_str: "{_DEVICE_KINDS[gpu.name]}"
 """
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from moe_ep.dispatch import all_gather, all_to_all
+from moe_ep.dispatch import all_gather, all_to_all, ragged
 from moe_ep.dispatch.exchange import DispatchCounts, Exchange, make_exchange
 from moe_ep.dispatch.plan import count_experts
 from moe_ep.kernels.grouped_matmul import RowGroups
@@ -20,35 +20,44 @@ class Transport(NamedTuple):
     """The stages of an exchange; what passes between them is the transport's own.
 
     plan(choices, exchange) -> plan, whose `counts` are DispatchCounts
-    send_rows(tokens, plan, exchange) -> what arrived, by collectives
+    pack(tokens, plan, exchange) -> packed
+    move(packed, plan, exchange) -> arrived: collectives and nothing else
     receive(arrived, plan, exchange) -> batches, each with `rows` and `groups` for the experts, one a slice
-    return_rows(outputs, batches, weights, plan, exchange) -> what came back, by collectives
+    pack_back(outputs, batches, weights, plan, exchange) -> packed
+    move_back(packed, plan, exchange) -> came back: collectives and nothing else
     combine(came_back, weights, plan, exchange) -> token rows
     """
 
     plan: Callable[..., Any]
-    send_rows: Callable[..., Any]
+    pack: Callable[..., Any]
+    move: Callable[..., Any]
     receive: Callable[..., list[Any]]
-    return_rows: Callable[..., Any]
+    pack_back: Callable[..., Any]
+    move_back: Callable[..., Any]
     combine: Callable[..., TokenRows]
     queue_rows: Callable[[Exchange], int]
 
     def send(self, tokens: TokenRows, plan: Any, exchange: Exchange) -> list[Any]:
         """Sends tokens to their experts and lays them out there."""
-        return self.receive(self.send_rows(tokens, plan, exchange), plan, exchange)
+        return self.receive(self.move(self.pack(tokens, plan, exchange), plan, exchange), plan, exchange)
 
     def bring_back(
         self, outputs: list[Rows], batches: list[Any], weights: Weights, plan: Any, exchange: Exchange
     ) -> TokenRows:
         """Returns the experts' outputs to their tokens and adds them up by weight."""
-        return self.combine(self.return_rows(outputs, batches, weights, plan, exchange), weights, plan, exchange)
+        packed = self.pack_back(outputs, batches, weights, plan, exchange)
+        return self.combine(self.move_back(packed, plan, exchange), weights, plan, exchange)
 
 
 def _transport(module: ModuleType) -> Transport:
     return Transport(*(getattr(module, stage) for stage in Transport._fields))
 
 
-TRANSPORTS = {"all_to_all": _transport(all_to_all), "all_gather": _transport(all_gather)}
+TRANSPORTS = {
+    "all_to_all": _transport(all_to_all),
+    "all_gather": _transport(all_gather),
+    "ragged": _transport(ragged),
+}
 
 Experts = Callable[[Rows, RowGroups], Rows]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Int32
+from jaxtyping import Float, Int32
 
 from moe_ep.dispatch.exchange import DispatchCounts, Exchange, crossed, row_tile
 from moe_ep.dispatch.permute import take_rows, weighted_sum_rows
@@ -22,6 +22,9 @@ from moe_ep.mesh import EXPERT
 from moe_ep.shapes import Choices, Rows, TokenRows, Weights
 
 _NOWHERE = jnp.iinfo(jnp.int32).max  # out of range of any buffer: reads zeros
+
+
+EveryonesRows = Float[Array, "T D"]  # of all devices' tokens
 
 
 class Plan(NamedTuple):
@@ -42,7 +45,7 @@ class Batch(NamedTuple):
 
 def queue_rows(exchange: Exchange) -> int:
     """Returns the rows of a device's expert buffer in one wave."""
-    mean = float(exchange.tokens * exchange.top_k)
+    mean = exchange.tokens * exchange.top_k
     most = exchange.peers * exchange.tokens * min(exchange.top_k, exchange.experts_per_peer)
     return exchange.rows_per_wave(mean, most)
 
@@ -82,14 +85,20 @@ def plan(choices: Choices, exchange: Exchange) -> Plan:
     return Plan(jnp.stack(assignment_of_row), row_of_assignment.reshape(choices.shape), groups, dispatched)
 
 
-def send_rows(tokens: TokenRows, plan: Plan, exchange: Exchange) -> Rows:
+def pack(tokens: TokenRows, plan: Plan, exchange: Exchange) -> TokenRows:
+    """Returns the tokens as they are: everyone receives them all."""
+    del plan, exchange
+    return tokens
+
+
+def move(tokens: TokenRows, plan: Plan, exchange: Exchange) -> EveryonesRows:
     """Gathers all devices' tokens, once for all slices."""
     del plan
     with jax.named_scope("dispatch"):
         return _gather(tokens, exchange)
 
 
-def receive(everyones: Rows, plan: Plan, exchange: Exchange) -> list[Batch]:
+def receive(everyones: EveryonesRows, plan: Plan, exchange: Exchange) -> list[Batch]:
     """Lays out each slice's rows for the experts."""
     rows = plan.assignment_of_row.shape[1]
     batches = []
@@ -100,15 +109,19 @@ def receive(everyones: Rows, plan: Plan, exchange: Exchange) -> list[Batch]:
     return batches
 
 
-def return_rows(
+def pack_back(
     outputs: Sequence[Rows], batches: Sequence[Batch], weights: Weights, plan: Plan, exchange: Exchange
-) -> TokenRows:
-    """Adds this device's experts up for every token and scatters the sums to the tokens' own devices."""
+) -> EveryonesRows:
+    """Adds this device's experts up for every token of all devices."""
     del batches
-    everyones_weights = _gather(weights, exchange)
-    partial = weighted_sum_rows(
-        jnp.concatenate(outputs), everyones_weights, plan.row_of_assignment, plan.assignment_of_row.reshape(-1)
+    return weighted_sum_rows(
+        jnp.concatenate(outputs), _gather(weights, exchange), plan.row_of_assignment, plan.assignment_of_row.reshape(-1)
     )
+
+
+def move_back(partial: EveryonesRows, plan: Plan, exchange: Exchange) -> TokenRows:
+    """Scatters the sums to the tokens' own devices, adding up over the experts' devices."""
+    del plan
     if exchange.peers == 1:
         return partial
     with jax.named_scope("combine"):

@@ -87,18 +87,24 @@ def plan(choices: Choices, exchange: Exchange) -> Plan:
     )
 
 
-def send_rows(tokens: TokenRows, plan: Plan, exchange: Exchange) -> list[Float[Array, "P C1 D"]]:
-    """Sends every slice to its experts' devices, one all-to-all each; returns what arrived, counts and rows."""
+def pack(tokens: TokenRows, plan: Plan, exchange: Exchange) -> list[Float[Array, "P C1 D"]]:
+    """Lays out each slice's rows by destination, behind the counts that travel with them."""
     slots = plan.assignment_of_slot.shape[1]
-    received = []
+    packed = []
     for index in range(exchange.slices):
         token_of_slot, _ = divide(plan.assignment_of_slot[index], exchange.top_k)
         slot_of_token = within_slice(plan.slot_of_assignment, index, slots)
         body = take_rows(tokens, token_of_slot, slot_of_token).reshape(exchange.peers, -1, tokens.shape[-1])
         header = _encode(plan.counts_of_slice[index], tokens.shape[-1], tokens.dtype)
-        with jax.named_scope("dispatch"):
-            received.append(_exchange(jnp.concatenate([header, body], axis=1), exchange))
-    return received
+        packed.append(jnp.concatenate([header, body], axis=1))
+    return packed
+
+
+def move(packed: Sequence[Float[Array, "P C1 D"]], plan: Plan, exchange: Exchange) -> list[Float[Array, "P C1 D"]]:
+    """Sends every slice to its experts' devices, one all-to-all each."""
+    del plan
+    with jax.named_scope("dispatch"):
+        return [_exchange(buffer, exchange) for buffer in packed]
 
 
 def receive(received: Sequence[Float[Array, "P C1 D"]], plan: Plan, exchange: Exchange) -> list[Batch]:
@@ -117,18 +123,24 @@ def _compact_received(received: Float[Array, "P C1 D"], exchange: Exchange) -> B
     return Batch(take_rows(body, compaction.source, compaction.target[:, None]), compaction.groups, compaction)
 
 
-def return_rows(
+def pack_back(
     outputs: Sequence[Rows], batches: Sequence[Batch], weights: Weights, plan: Plan, exchange: Exchange
 ) -> list[Float[Array, "P C D"]]:
-    """Returns every row to the device it came from, one all-to-all a slice."""
+    """Lays out each slice's outputs by the device they go back to."""
     del weights, plan
-    returned = []
+    packed = []
     for output, batch in zip(outputs, batches, strict=True):
         readers = batch.compaction.source[:, None]
         segments = take_rows(output, batch.compaction.target, readers)
-        with jax.named_scope("combine"):
-            returned.append(_exchange(segments.reshape(exchange.peers, -1, output.shape[-1]), exchange))
-    return returned
+        packed.append(segments.reshape(exchange.peers, -1, output.shape[-1]))
+    return packed
+
+
+def move_back(packed: Sequence[Float[Array, "P C D"]], plan: Plan, exchange: Exchange) -> list[Float[Array, "P C D"]]:
+    """Returns every slice to the devices it came from, one all-to-all each."""
+    del plan
+    with jax.named_scope("combine"):
+        return [_exchange(buffer, exchange) for buffer in packed]
 
 
 def combine(

@@ -7,10 +7,10 @@ Per layer, four pairs of an exchange and the work that covers it:
     dispatch(second)                  experts (first)
     combine(first)                    experts (second)
 
-A barrier after each pair keeps the compiler from pulling the pairs apart, and what
-arrived is laid out after it, or that chain of small kernels would keep the products
-from standing over the exchange. The barrier
-transposes to a barrier, so the backward pass has the same pairs in reverse. A body
+A barrier after each pair keeps the compiler from pulling the pairs apart. A pair has
+the collective alone on one side, rows being packed before and laid out after: small
+kernels between the barriers and the collective would leave the scheduler, which is
+greedy, nothing but them to put over it. A barrier transposes to a barrier, so the backward pass has the same pairs in reverse. A body
 needs the weights of its own layer only, so the stack is scanned as it is. The first
 combine moves zeros: nothing has been computed for it yet.
 """
@@ -26,28 +26,21 @@ from jaxtyping import Float32
 
 from moe_ep.config import DispatchConfig, require
 from moe_ep.dispatch import TRANSPORTS, Exchange, Experts, Transport
+from moe_ep.dispatch.exchange import crossed
 from moe_ep.model.block import AttentionHalf, MoEBlock
 from moe_ep.model.moe import MoEReport
-from moe_ep.shapes import Activations, RouterBias, Rows, TokenRows, Weights
+from moe_ep.model.router import Routing
+from moe_ep.shapes import Activations, RouterBias, TokenRows, Weights
 
 # attend(half, x, extra) -> (x, kept): the attention half of a block on one micro-batch, with
 # what this layer has for it (a cache, say) and what it leaves behind.
 Attend = Callable[[AttentionHalf, Activations, Any], tuple[Activations, Any]]
 
 
-class _Routed(NamedTuple):
-    """A micro-batch between its router and its dispatch."""
+class _Packed(NamedTuple):
+    """A micro-batch whose rows are ready to travel: from its router, or from its experts."""
 
-    tokens: TokenRows
-    weights: Weights
-    plan: Any
-
-
-class _Computed(NamedTuple):
-    """A micro-batch between its experts and its combine."""
-
-    outputs: list[Rows]
-    batches: list[Any]  # without their rows
+    rows: Any
     weights: Weights
     plan: Any
 
@@ -58,19 +51,24 @@ class _Exchanger(NamedTuple):
     transport: Transport
     exchange: Exchange
 
-    def send(self, routed: _Routed) -> Any:
-        return self.transport.send_rows(routed.tokens, routed.plan, self.exchange)
+    def pack(self, tokens: TokenRows, routing: Routing) -> _Packed:
+        plan = self.transport.plan(routing.choices, self.exchange)
+        return _Packed(self.transport.pack(tokens, plan, self.exchange), routing.weights, plan)
 
-    def compute(self, experts: Experts, routed: _Routed, arrived: Any) -> _Computed:
-        batches = self.transport.receive(arrived, routed.plan, self.exchange)
+    def move(self, packed: _Packed) -> Any:
+        return self.transport.move(packed.rows, packed.plan, self.exchange)
+
+    def compute(self, experts: Experts, sent: _Packed, arrived: Any) -> _Packed:
+        batches = self.transport.receive(arrived, sent.plan, self.exchange)
         outputs = [experts(batch.rows, batch.groups) for batch in batches]
-        return _Computed(outputs, [batch._replace(rows=None) for batch in batches], routed.weights, routed.plan)
+        rows = self.transport.pack_back(outputs, batches, sent.weights, sent.plan, self.exchange)
+        return sent._replace(rows=rows)
 
-    def send_back(self, computed: _Computed) -> Any:
-        return self.transport.return_rows(*computed, self.exchange)
+    def move_back(self, packed: _Packed) -> Any:
+        return self.transport.move_back(packed.rows, packed.plan, self.exchange)
 
-    def add(self, x: Activations, came_back: Any, computed: _Computed | _Routed) -> Activations:
-        rows = self.transport.combine(came_back, computed.weights, computed.plan, self.exchange)
+    def add(self, x: Activations, came_back: Any, packed: _Packed) -> Activations:
+        rows = self.transport.combine(came_back, packed.weights, packed.plan, self.exchange)
         return x + rows.reshape(x.shape)
 
 
@@ -114,7 +112,7 @@ def scan_staggered(
     computed = jax.tree.map(_zeros, jax.eval_shape(body.compute_one, first, one_layer))
     (first, second, computed), (reports, kept) = jax.lax.scan(remember(body), (first, second, computed), layers)
     with jax.named_scope("moe"):
-        second = exchanger.add(second, exchanger.send_back(computed), computed)
+        second = exchanger.add(second, exchanger.move_back(computed), computed)
     return jnp.concatenate([first, second]), reports, kept
 
 
@@ -130,24 +128,24 @@ class _Body:
         block, bias, replays, extras = layer
         stages, experts = self.exchanger, block.moe.experts
         with jax.named_scope("moe"):
-            came_back = stages.send_back(computed)
+            came_back = stages.move_back(computed)
         first, routed, report, kept = self._enter(block, first, bias, replays[0], extras[0])
-        came_back, first, routed = jax.lax.optimization_barrier((came_back, first, routed))
+        came_back, (first, routed) = _end_pair(came_back, (first, routed))
 
         with jax.named_scope("moe"):
             second = stages.add(second, came_back, computed)
-            arrived = stages.send(routed)
+            arrived = stages.move(routed)
         second, second_routed, second_report, second_kept = self._enter(block, second, bias, replays[1], extras[1])
-        arrived, second, second_routed = jax.lax.optimization_barrier((arrived, second, second_routed))
+        arrived, (second, second_routed) = _end_pair(arrived, (second, second_routed))
 
         with jax.named_scope("moe"):
-            second_arrived = stages.send(second_routed)
+            second_arrived = stages.move(second_routed)
             first_computed = stages.compute(experts, routed, arrived)
-            second_arrived, first_computed = jax.lax.optimization_barrier((second_arrived, first_computed))
+            second_arrived, first_computed = _end_pair(second_arrived, first_computed)
 
-            came_back = stages.send_back(first_computed)
+            came_back = stages.move_back(first_computed)
             computed = stages.compute(experts, second_routed, second_arrived)
-            came_back, computed = jax.lax.optimization_barrier((came_back, computed))
+            came_back, computed = _end_pair(came_back, computed)
             first = stages.add(first, came_back, first_computed)
         return (first, second, computed), (_merge_reports(report, second_report), _join(kept, second_kept))
 
@@ -158,16 +156,24 @@ class _Body:
             normed = block.norm(x)
             tokens = normed.reshape(-1, normed.shape[-1])
             routing = block.moe.route(tokens, bias, replay)
-            plan = self.exchanger.transport.plan(routing.choices, self.exchanger.exchange)
+            packed = self.exchanger.pack(tokens, routing)
             if block.moe.config.shared_experts:
                 x = x + block.moe.share(normed)
-        return x, _Routed(tokens, routing.weights, plan), block.moe.report(routing, plan.counts), kept
+        return x, packed, block.moe.report(routing, packed.plan.counts), kept
 
-    def compute_one(self, x: Activations, layer: tuple) -> _Computed:
+    def compute_one(self, x: Activations, layer: tuple) -> _Packed:
         """Returns a micro-batch between its experts and its combine, for the shapes of the scan's start."""
         block, bias, replays, extras = layer
         _, routed, _, _ = self._enter(block, x, bias, replays[0], extras[0])
-        return self.exchanger.compute(block.moe.experts, routed, self.exchanger.send(routed))
+        return self.exchanger.compute(block.moe.experts, routed, self.exchanger.move(routed))
+
+
+def _end_pair(moved: Any, work: Any) -> tuple[Any, Any]:
+    """Lets nothing that follows use either what was moved or the work beside it before both are done."""
+    # A backward pass keeps what was moved. It is stored after the work: storing it first
+    # would end the exchange first.
+    moved, _ = jax.lax.optimization_barrier((moved, work))
+    return jax.lax.optimization_barrier((jax.tree.map(crossed, moved), work))
 
 
 def _merge_reports(first: MoEReport, second: MoEReport) -> MoEReport:
