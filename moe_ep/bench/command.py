@@ -25,8 +25,10 @@ def start(argv: list[str], module: str) -> dict:
     if SIZES.value == "full" and jax.default_backend() != "gpu":
         print(f"--sizes=full: needs a GPU, this is {jax.default_backend()}; --sizes=tiny runs anywhere", file=sys.stderr)
         sys.exit(2)
+    # Where the files go is of this machine, not of the measurement.
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--out", "--json"))]
     return {
         "kind": "measured" if SIZES.value == "full" else "tiny sizes, no measurement:",
-        **report.provenance(" ".join([f"python -m {module}", *sys.argv[1:]]), COMMIT.value),
+        **report.provenance(" ".join([f"python -m {module}", *given]), COMMIT.value),
         "seed": secrets.randbelow(2**31) if SEED.value is None else SEED.value,
     }
