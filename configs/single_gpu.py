@@ -10,6 +10,7 @@ XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 leaves the GPU to this process.
 
 from moe_ep.config import (
     AttentionConfig,
+    BalanceConfig,
     ClusterConfig,
     Config,
     MeshConfig,
@@ -29,6 +30,7 @@ config = Config(
     ),
     mesh=MeshConfig(data=1, expert=1),
     cluster=ClusterConfig(gpu="h200", nic_gigabits_per_s=400.0),
+    balance=BalanceConfig(rate=0.1),
     train=TrainConfig(
         steps=100,
         batch_sequences=8,

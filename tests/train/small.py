@@ -26,7 +26,7 @@ MODEL = ModelConfig(
     hidden=48,
     vocabulary=64,
     dtype="float32",
-    remat="keep_dispatch",
+    remat="none",
     attention=AttentionConfig(heads=4, nope_dim=6, rope_dim=4, value_dim=8, latent_dim=16),
     moe=MoEConfig(num_experts=16, top_k=2, hidden=24),
 )

@@ -17,7 +17,7 @@ from moe_ep.train.state import abstract_state
 
 
 def loop_config(steps):
-    config = make_config(margin_sigmas=4.0)
+    config = make_config()
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocabulary=320),
