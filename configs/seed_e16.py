@@ -7,11 +7,12 @@ Memory: 54.7 GB of BF16 weights a GPU (experts 30.7, attention 21.1, dense 1.6,
 embeddings 1.4); training with Adam needs about 440 GB a GPU and fits no GPU here.
 """
 
-from moe_ep.config import ClusterConfig, Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from moe_ep.config import ClusterConfig, Config, DispatchConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 
 config = Config(
     model=ModelConfig(moe=MoEConfig(num_experts=16)),
     mesh=MeshConfig(data=1, expert=16),
+    dispatch=DispatchConfig(overlap="staggered"),
     cluster=ClusterConfig(gpu="paper_h100", gpus_per_node=8, nics_per_node=8),
     train=TrainConfig(batch_sequences=16, sequence=1024),
 )

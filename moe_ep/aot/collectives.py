@@ -74,7 +74,7 @@ def read_collective(
     sent = _sent_bytes(op, payload, size)
     other = sent * _other_node_share(op, members[0], gpus_per_node)
     return Collective(
-        instruction.name, op, scope_of(instruction.op_name or named.op_name), is_backward(instruction.op_name), payload,
+        instruction.name, op, _scope(instruction.op_name or named.op_name, op), is_backward(instruction.op_name), payload,
         size, int(members[0][1] - members[0][0]) if size > 1 else 1, members.shape[0], nodes, sent - other, other,
     )  # fmt: skip
 
@@ -86,7 +86,8 @@ def _payload_bytes(computation: Computation, instruction: Instruction, op: str) 
         # A start's result holds its operands as well as what it gathers.
         return instruction.bytes - (given if instruction.opcode.endswith("-start") else 0.0)
     if op == "ragged_all_to_all":  # rows, the result's buffer, then offsets and sizes
-        return operands[0].bytes
+        # One of the two is the exact rows of this device's tokens, the other a buffer with room for more.
+        return min(operands[0].bytes, operands[1].bytes)
     return sum(operand.bytes for operand in operands)
 
 
@@ -163,6 +164,11 @@ def scope_of(op_name: str) -> str:
         if part and "(" not in part and "->" not in part and not _WRAPPERS.match(part):
             scopes.append(part)
     return "/".join(scopes)
+
+
+def _scope(op_name: str, op: str) -> str:
+    """XLA's rewriting of ragged all-to-alls loses their names; only the experts' exchange issues them."""
+    return scope_of(op_name) or ("exchange" if op == "ragged_all_to_all" else "")
 
 
 def is_backward(op_name: str) -> bool:

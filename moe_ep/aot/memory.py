@@ -105,7 +105,8 @@ def _peak_exchange_of(computation: Computation) -> float:
     live: dict[str, tuple[int, float]] = {}
     peak = 0.0
     for position, instruction in enumerate(computation.instructions):
-        is_exchange = scope_of(instruction.op_name).split("/")[-1] in EXCHANGE_SCOPES
+        named = scope_of(instruction.op_name).split("/")[-1] in EXCHANGE_SCOPES
+        is_exchange = named or instruction.opcode.startswith("ragged-all-to-all")
         if is_exchange and instruction.opcode not in _ALIASES and not instruction.opcode.endswith("-done"):
             live[instruction.name] = (last_use.get(instruction.name, position), _own_bytes(computation, instruction))
         peak = max(peak, sum(size for end, size in live.values() if end >= position))
@@ -115,9 +116,9 @@ def _peak_exchange_of(computation: Computation) -> float:
 
 def _own_bytes(computation: Computation, instruction: Instruction) -> float:
     """An asynchronous start's result also holds its operands, which are not its own."""
-    borrowed = 0.0
-    if instruction.opcode.endswith("-start"):
-        borrowed = sum(computation.by_name[name].bytes for name in instruction.operands)
+    if not instruction.opcode.endswith("-start"):
+        return instruction.bytes
+    borrowed = sum(computation.by_name[name].bytes for name in instruction.operands)
     return max(0.0, instruction.bytes - borrowed)
 
 

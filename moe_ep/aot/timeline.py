@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 # The stages whose traffic is the experts': what `hidden_share` is about.
-EXCHANGE_SCOPES = ("dispatch", "combine")
+EXCHANGE_SCOPES = ("dispatch", "combine", "exchange")
 
 
 @dataclasses.dataclass(frozen=True)

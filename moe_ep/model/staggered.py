@@ -2,17 +2,18 @@
 
 Per layer, four pairs of an exchange and the work that covers it:
 
-    combine(second, previous layer)   attention, router (first)
-    dispatch(first)                   attention, router (second)
+    combine(second, previous layer)   attention (first)
+    dispatch(first)                   attention (second)
     dispatch(second)                  experts (first)
     combine(first)                    experts (second)
 
 A barrier after each pair keeps the compiler from pulling the pairs apart. A pair has
 the collective alone on one side, rows being packed before and laid out after: small
 kernels between the barriers and the collective would leave the scheduler, which is
-greedy, nothing but them to put over it. A barrier transposes to a barrier, so the backward pass has the same pairs in reverse. A body
-needs the weights of its own layer only, so the stack is scanned as it is. The first
-combine moves zeros: nothing has been computed for it yet.
+greedy, nothing but them to put over it. A barrier transposes to a barrier, so the
+backward pass has the same pairs in reverse. A body needs the weights of its own layer
+only, so the stack is scanned as it is. The first combine moves zeros: nothing has been
+computed for it yet.
 """
 
 import dataclasses
@@ -129,14 +130,19 @@ class _Body:
         stages, experts = self.exchanger, block.moe.experts
         with jax.named_scope("moe"):
             came_back = stages.move_back(computed)
-        first, routed, report, kept = self._enter(block, first, bias, replays[0], extras[0])
-        came_back, (first, routed) = _end_pair(came_back, (first, routed))
+        first, kept = self.attend(block.first, first, extras[0])
+        came_back, first = _end_pair(came_back, first)
+        first, routed, report = self._route(block, first, bias, replays[0])
+        # The counts that a transport gathers here must not queue behind the next pair's exchange.
+        came_back, routed = jax.lax.optimization_barrier((came_back, routed))
 
         with jax.named_scope("moe"):
             second = stages.add(second, came_back, computed)
             arrived = stages.move(routed)
-        second, second_routed, second_report, second_kept = self._enter(block, second, bias, replays[1], extras[1])
-        arrived, (second, second_routed) = _end_pair(arrived, (second, second_routed))
+        second, second_kept = self.attend(block.first, second, extras[1])
+        arrived, second = _end_pair(arrived, second)
+        second, second_routed, second_report = self._route(block, second, bias, replays[1])
+        arrived, second_routed = jax.lax.optimization_barrier((arrived, second_routed))
 
         with jax.named_scope("moe"):
             second_arrived = stages.move(second_routed)
@@ -149,9 +155,8 @@ class _Body:
             first = stages.add(first, came_back, first_computed)
         return (first, second, computed), (_merge_reports(report, second_report), _join(kept, second_kept))
 
-    def _enter(self, block: MoEBlock, x: Activations, bias: RouterBias, replay: Any, extra: Any) -> tuple:
-        """Attention, router and plan of one micro-batch; shared experts join the stream here."""
-        x, kept = self.attend(block.first, x, extra)
+    def _route(self, block: MoEBlock, x: Activations, bias: RouterBias, replay: Any) -> tuple:
+        """Router, plan and packed rows of one micro-batch; shared experts join the stream here."""
         with jax.named_scope("moe"):
             normed = block.norm(x)
             tokens = normed.reshape(-1, normed.shape[-1])
@@ -159,12 +164,12 @@ class _Body:
             packed = self.exchanger.pack(tokens, routing)
             if block.moe.config.shared_experts:
                 x = x + block.moe.share(normed)
-        return x, packed, block.moe.report(routing, packed.plan.counts), kept
+        return x, packed, block.moe.report(routing, packed.plan.counts)
 
     def compute_one(self, x: Activations, layer: tuple) -> _Packed:
         """Returns a micro-batch between its experts and its combine, for the shapes of the scan's start."""
-        block, bias, replays, extras = layer
-        _, routed, _, _ = self._enter(block, x, bias, replays[0], extras[0])
+        block, bias, replays, _ = layer
+        _, routed, _ = self._route(block, x, bias, replays[0])
         return self.exchanger.compute(block.moe.experts, routed, self.exchanger.move(routed))
 
 

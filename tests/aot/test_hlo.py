@@ -1,0 +1,94 @@
+"""Reading a scheduled module's text: shapes, groups, work, and the timeline made of it."""
+
+import numpy as np
+import pytest
+
+from moe_ep.aot.collectives import replica_groups, scope_of
+from moe_ep.aot.hlo import parse, trip_count
+from moe_ep.aot.schedule import read_schedule
+from moe_ep.aot.timeline import Estimates, walk
+from moe_ep.config import ClusterConfig
+
+# A loop of three passes: an all-to-all over 16 GPUs stands over one of two products.
+MODULE = """HloModule step, is_scheduled=true
+
+%body (p: (s32[], bf16[16,4,8], f32[3,8,8])) -> (s32[], bf16[16,4,8], f32[3,8,8]) {
+  %p = (s32[], bf16[16,4,8]{2,1,0}, f32[3,8,8]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %rows = bf16[16,4,8]{2,1,0} get-tuple-element(%p), index=1
+  %w = f32[3,8,8]{2,1,0} get-tuple-element(%p), index=2
+  %start = ((bf16[16,4,8]{2,1,0}), bf16[16,4,8]{2,1,0}) all-to-all-start(%rows), replica_groups={{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}, dimensions={0}, metadata={op_name="jit(step)/while/body/moe/dispatch/all_to_all"}
+  %slice = f32[8,8]{1,0} bitcast(%w)
+  %product = f32[8,8]{1,0} dot(%slice, %slice), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(step)/while/body/attention/dot_general"}
+  %done = bf16[16,4,8]{2,1,0} all-to-all-done(%start)
+  %second = f32[8,8]{1,0} dot(%product, %product), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], bf16[16,4,8]{2,1,0}, f32[3,8,8]{2,1,0}) tuple(%i, %done, %w)
+}
+
+%condition (p.1: (s32[], bf16[16,4,8], f32[3,8,8])) -> pred[] {
+  %p.1 = (s32[], bf16[16,4,8]{2,1,0}, f32[3,8,8]{2,1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %limit = s32[] constant(3)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (a: (s32[], bf16[16,4,8], f32[3,8,8])) -> (s32[], bf16[16,4,8], f32[3,8,8]) {
+  %a = (s32[], bf16[16,4,8]{2,1,0}, f32[3,8,8]{2,1,0}) parameter(0)
+  ROOT %loop = (s32[], bf16[16,4,8]{2,1,0}, f32[3,8,8]{2,1,0}) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+def small_schedule():
+    return read_schedule(parse(MODULE), ClusterConfig(), gpus=16, program="prefill", tokens_per_gpu=64)
+
+
+def test_instructions_shapes_and_trips():
+    module = parse(MODULE)
+    assert trip_count(module, module.entry.root) == 3
+    body = module.computations["body"]
+    assert body.by_name["rows"].bytes == 16 * 4 * 8 * 2
+    assert [shape.dimensions for shape in body.by_name["t"].shapes] == [(), (16, 4, 8), (3, 8, 8)]
+    assert body.by_name["t"].operands == ("i", "done", "w")
+
+
+def test_a_collectives_bytes_are_split_by_link_and_its_scope_is_the_programs():
+    start, product, done, second = small_schedule()["computations"]["body"]
+    assert (start["op"], start["scope"], start["group_size"]) == ("all_to_all", "moe/dispatch", 16)
+    assert start["bytes"] == 1024
+    # 15 of 16 parts leave the GPU, 8 of them the node of 8.
+    assert (start["sent_same_node_bytes"], start["sent_other_node_bytes"]) == pytest.approx((7 * 64, 8 * 64))
+    assert product["gemms"] == [[8, 8, 8, 1]]
+    assert (product["op"], product["flops"], product["scope"]) == ("gemm", 2 * 8**3, "attention")
+    assert (done["start"], second["kind"]) == ("start", "compute")
+
+
+@pytest.mark.parametrize(("network_s", "exposed_s", "step_s"), [(3.0, 3 * 2.0, 12.0), (0.5, 0.0, 6.0)])
+def test_what_a_done_waits_for_is_exposed(network_s, exposed_s, step_s):
+    timeline = walk(small_schedule(), Estimates(lambda _: 1.0, lambda _: network_s))
+    (transfer,) = timeline.transfers
+    assert transfer.count == 3
+    assert transfer.exposed_s == exposed_s
+    assert timeline.step_s == step_s
+    assert timeline.hidden_share() == pytest.approx(1.0 - exposed_s / (3 * network_s))
+    assert [work[0] for work in transfer.covered_by] == ["product"]
+
+
+@pytest.mark.parametrize(
+    ("printed", "groups"),
+    [
+        ("replica_groups={{0,2},{1,3}}", [[0, 2], [1, 3]]),
+        ("replica_groups={}", [[0, 1, 2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['node'=2,'gpu'=2] {'node'}", [[0, 2], [1, 3]]),
+    ],
+)
+def test_replica_groups_in_every_way_they_are_printed(printed, groups):
+    np.testing.assert_array_equal(replica_groups(printed, 4), groups)
+
+
+def test_scopes_of_differentiated_and_combined_names():
+    path = "jit(step)/shard_map/transpose(jvp(moe))/while/body/dispatch/all_to_all"
+    assert scope_of(path) == "moe/dispatch"
+    assert scope_of("jit(f)/sum_gradients/psum:jit(f)/other/psum") == "sum_gradients"
