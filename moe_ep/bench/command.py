@@ -23,7 +23,8 @@ def start(argv: list[str], module: str) -> dict:
         raise app.UsageError(f"what is {argv[1]!r}? Only flags are taken")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU
     if SIZES.value == "full" and jax.default_backend() != "gpu":
-        print(f"--sizes=full: needs a GPU, this is {jax.default_backend()}; --sizes=tiny runs anywhere", file=sys.stderr)
+        message = f"--sizes=full: needs a GPU, this is {jax.default_backend()}; --sizes=tiny runs anywhere"
+        print(message, file=sys.stderr)
         sys.exit(2)
     # Where the files go is of this machine, not of the measurement.
     given = [argument for argument in sys.argv[1:] if not argument.startswith(("--out", "--json"))]

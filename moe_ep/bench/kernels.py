@@ -122,7 +122,7 @@ def as_markdown(result: dict) -> str:
     copies = ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in result["copy_bytes_per_s"].items())
     lines = [
         report.heading("Kernels against their rivals", result),
-        f"Copy (read + write), of which the faster is the goals' copy bandwidth: {copies}. Times are medians in ms with "
+        f"Copy (read + write), the faster being the goals' copy bandwidth: {copies}. Times are medians in ms with "
         "the spread of the quartiles; TF is 1e12 FLOP/s; error is ||out - float32 reference|| / ||reference||.\n\n",
         "| row | ours | rivals | goal | achieved | met |\n|---|---|---|---|---|---|\n",
     ]
@@ -131,16 +131,17 @@ def as_markdown(result: dict) -> str:
         rivals += [f"{name}: {reason}" for name, reason in record["unavailable"].items()]
         achieved = "-" if record["achieved"] is None else f"{record['achieved']:.3f}"
         met = {True: "yes", False: "no", None: "-"}[record["met"]]
-        cells = (record["row"], _cell(record["contenders"]["ours"]), "; ".join(rivals), _goal_text(record["goal"]), achieved, met)
-        lines.append(f"| {' | '.join(cells)} |\n")
+        ours, goal = _cell(record["contenders"]["ours"]), _goal_text(record["goal"])
+        lines.append(f"| {' | '.join((record['row'], ours, '; '.join(rivals), goal, achieved, met))} |\n")
     return "".join(lines)
 
 
 def _cell(times) -> str:
     if "seconds" not in times:
         return f"wrong (error {times['error']:.2g})"
-    rate = f", {times['flops_per_s'] / 1e12:.0f} TF" if times["flops_per_s"] else f", {times['bytes_per_s'] / 1e9:.0f} GB/s"
-    return f"{times['seconds'] * 1e3:.3f} ±{times['spread']:.1%}{rate}, error {times['error']:.1e}"
+    teraflops, gigabytes = times["flops_per_s"] / 1e12, times["bytes_per_s"] / 1e9
+    rate = f"{teraflops:.0f} TF" if teraflops else f"{gigabytes:.0f} GB/s"
+    return f"{times['seconds'] * 1e3:.3f} ±{times['spread']:.1%}, {rate}, error {times['error']:.1e}"
 
 
 def main(argv):

@@ -157,8 +157,10 @@ def judge(result: dict) -> dict:
     """Returns the experts' share of the stages' time and the speedup over the fastest torch, in each direction."""
     verdict = {}
     for direction in ("forward", "forward+backward"):
-        stage_seconds = {name: stage["seconds"] for name, stage in result["stages"].items() if name.endswith(f" {direction}")}
-        layers = {name: layer["seconds"] for name, layer in result["times"].items() if name.endswith(f" {direction}")}
+        stage_seconds, layers = (
+            {name: times["seconds"] for name, times in result[part].items() if name.endswith(f" {direction}")}
+            for part in ("stages", "times")
+        )
         ours = layers.pop(f"ours {direction}")
         verdict[direction] = {
             "experts_share": stage_seconds[f"experts {direction}"] / sum(stage_seconds.values()),
@@ -178,10 +180,14 @@ def as_markdown(result: dict) -> str:
     ]
     for name, times in {**result["times"], **result["stages"]}.items():
         lines.append(f"| {name} | {times['seconds'] * 1e3:.3f} ±{times['spread']:.1%} |\n")
-    lines.append("\n| direction | experts' share (goal 85 %) | speedup over torch (goal 1.15x) | stages / whole |\n|---|---|---|---|\n")
+    lines.append(
+        f"\n| direction | experts' share (goal {EXPERTS_SHARE_GOAL:.0%}) | "
+        f"speedup over torch (goal {SPEEDUP_GOAL}x) | stages / whole |\n|---|---|---|---|\n"
+    )
     for direction, verdict in result["verdict"].items():
         speedup = "-" if verdict["speedup"] is None else f"{verdict['speedup']:.3f}x"
-        lines.append(f"| {direction} | {verdict['experts_share']:.1%} | {speedup} | {verdict['stages_over_whole']:.2f} |\n")
+        share, ratio = verdict["experts_share"], verdict["stages_over_whole"]
+        lines.append(f"| {direction} | {share:.1%} | {speedup} | {ratio:.2f} |\n")
     return "".join(lines)
 
 

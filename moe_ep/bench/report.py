@@ -31,7 +31,8 @@ def provenance(command: str, commit: str | None) -> dict:
 
 def _commit() -> str:
     root = pathlib.Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    git = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return git.stdout.strip() or "unknown"
 
 
