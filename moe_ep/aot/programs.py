@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_ep.config import Config, require
 from moe_ep.mesh import ALL_AXES, TOKENS, shardings, vary
+from moe_ep.model.kv_cache import CACHE, make_cache, round_up_rows
 from moe_ep.model.transformer import Transformer, for_platform
 from moe_ep.train.state import abstract_state
 from moe_ep.train.step import make_step
@@ -73,9 +74,37 @@ def _prefill(config: Config, mesh: Mesh) -> Program:
     function = jax.shard_map(on_device, mesh=mesh, in_specs=(specs, TOKENS, P()), out_specs=(TOKENS, P()))
     batch = sequences_per_gpu(config) * mesh.size
     tokens = jax.ShapeDtypeStruct((batch, config.aot.context), jnp.int32, sharding=NamedSharding(mesh, TOKENS))
+    return Program(jax.jit(function), (parameters, tokens, _bias(config, mesh)), config.aot.tokens_per_gpu)
+
+
+def _decode(config: Config, mesh: Mesh) -> Program:
+    """One new token of every sequence; `aot.tokens_per_gpu` are those cached, in sequences of `aot.context`."""
+    parameters, specs = served_parameters(config, mesh)
+    batch = sequences_per_gpu(config) * mesh.size
+
+    def on_device(parameters, tokens, cache, lengths, bias):
+        logits, cache, report = vary(parameters).decode(tokens, cache, lengths, vary(bias), config.dispatch)
+        return logits, cache, jax.lax.pmax(jnp.max(report.dispatch.waves_needed), ALL_AXES)
+
+    caches = jax.eval_shape(lambda: make_cache(config.model, batch, round_up_rows(config.aot.context)))
+    cache = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, CACHE)), caches
+    )
+    function = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(specs, TOKENS, CACHE, TOKENS, P()), out_specs=(TOKENS, CACHE, P())
+    )
+    per_sequence = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, TOKENS))
+    arguments = (parameters, per_sequence, {"cache": cache}, per_sequence, _bias(config, mesh))
+
+    def decode(parameters, tokens, held, lengths, bias):
+        return function(parameters, tokens, held["cache"], lengths, bias)
+
+    return Program(jax.jit(decode, donate_argnums=2), arguments, sequences_per_gpu(config))
+
+
+def _bias(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
     layers_experts = (config.model.moe_layers, config.model.moe.num_experts)
-    bias = jax.ShapeDtypeStruct(layers_experts, jnp.float32, sharding=NamedSharding(mesh, P()))
-    return Program(jax.jit(function), (parameters, tokens, bias), config.aot.tokens_per_gpu)
+    return jax.ShapeDtypeStruct(layers_experts, jnp.float32, sharding=NamedSharding(mesh, P()))
 
 
 def served_parameters(config: Config, mesh: Mesh) -> tuple[Transformer, Transformer]:
@@ -96,4 +125,4 @@ def served_parameters(config: Config, mesh: Mesh) -> tuple[Transformer, Transfor
     return jax.tree_util.tree_map_with_path(serve, shapes, shardings(mesh, specs)), specs
 
 
-PROGRAMS = {"prefill": _prefill, "train": _train}
+PROGRAMS = {"prefill": _prefill, "decode": _decode, "train": _train}

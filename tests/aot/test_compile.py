@@ -55,3 +55,15 @@ def test_clusters_that_cannot_be():
         compile_only_devices(dataclasses.replace(cluster, gpu="h300"), 16)
     with pytest.raises(ConfigError, match="cluster.gpus_per_node=8: allowed is a divisor of 12 GPUs"):
         compile_only_devices(cluster, 12)
+
+
+@needs_cuda_compiler
+def test_decode_holds_the_latents_of_its_sequences():
+    settings = ["aot.program=decode", "aot.tokens_per_gpu=8192", "dispatch.transport=ragged"]
+    config = override.apply(override.load("configs/seed_e16.py"), settings)
+    result = summarize(config, compile_program(config))
+    assert result["bytes_per_gpu"]["by_part"]["kv_cache"] == 61 * 8192 * 3600 * 2
+    assert result["fits"]
+    # Eight sequences' rows, two a token, out and back: the exact transport sends no more.
+    sent = {c["bytes_per_gpu"] for c in result["collectives"] if c["op"] == "ragged_all_to_all"}
+    assert sent == {8 / 2 * 2 * 7168 * 2 * 15 / 16}
