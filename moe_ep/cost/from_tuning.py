@@ -1,9 +1,10 @@
-"""Turns what `python -m moe_ep.bench.tune` measured into the table of this project's kernels.
+"""Turns what `moe_ep.bench.tune` and `moe_ep.bench.kernels` measured into the table of this project's kernels.
 
-    python -m moe_ep.cost.from_tuning results/tune_nvidia_h200.json
+    python -m moe_ep.cost.from_tuning results/tune_nvidia_h200.json results/kernels_nvidia_h200.json
 
-It takes the fastest time of every forward product; attention, cache reads and memory
-passes come from the table of anchors, which says where they were measured.
+It takes the fastest time of every forward product, and the fastest of ours and XLA's
+cache reads; attention and memory passes come from the table of anchors, which says
+where they were measured.
 """
 
 import json
@@ -18,16 +19,21 @@ _ANCHORS = "h200_bf16"
 _OWN = "h200_moe_ep"
 
 
-def table_of(tuning: dict[str, typing.Any], anchors: dict[str, typing.Any]) -> dict[str, typing.Any]:
-    """Returns the table: tuned products, and of the anchors every row that is no product.
+def table_of(
+    tuning: dict[str, typing.Any], anchors: dict[str, typing.Any], benchmark: dict[str, typing.Any] | None = None
+) -> dict[str, typing.Any]:
+    """Returns the table: tuned products, measured cache reads, and of the anchors the rest.
 
     Args:
       tuning: `device`, `date`, `commit`, `versions`, and `entries` of a problem (step,
         groups, rows, depth, columns, inputs) and medians in milliseconds by name.
       anchors: a kernel table of the same GPU.
+      benchmark: `rows` of a name, FLOPs, bytes and contenders' seconds; its cache reads replace the anchors'.
     """
     products = [_row(entry) for entry in tuning["entries"] if entry["problem"]["step"] in _FORWARD_STEPS]
-    others = [row for row in anchors["rows"] if "gemm" not in row["op"]]
+    reads = [_cache_read(row) for row in (benchmark or {"rows": []})["rows"] if row["row"] in _CACHE_READS]
+    replaced = {"gemm", "grouped_gemm"} | ({"mla_decode"} if reads else set())
+    others = [row for row in anchors["rows"] if row["op"] not in replaced]
     return {
         **{name: anchors[name] for name in ("format", "gpu", "launch_s")},
         "name": _OWN,
@@ -36,7 +42,7 @@ def table_of(tuning: dict[str, typing.Any], anchors: dict[str, typing.Any]) -> d
         "commit": tuning["commit"],
         "versions": ", ".join(f"{name} {version}" for name, version in tuning["versions"].items()),
         "source": "products: this project's kernels on one H200; the rest: " + anchors["source"],
-        "rows": products + others,
+        "rows": products + reads + others,
     }
 
 
@@ -48,6 +54,19 @@ def _row(entry: dict[str, typing.Any]) -> dict[str, typing.Any]:
     return {
         "op": work.op, "dtype": "bf16", "shape": list(work.shape), "flops": work.flops, "bytes": work.bytes,
         "seconds": times[fastest] * 1e-3, "note": f"{problem['step']}: {fastest}",
+    }  # fmt: skip
+
+
+# Name of a benchmark's row -> sequences, cached tokens, heads.
+_CACHE_READS = {"mla_decode 512+64": (64, 4096, 128)}
+
+
+def _cache_read(row: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    seconds = {name: row["contenders"][name]["seconds"] for name in ("ours", "xla")}
+    fastest = min(seconds, key=seconds.get)
+    return {
+        "op": "mla_decode", "dtype": "bf16", "shape": list(_CACHE_READS[row["row"]]), "flops": row["flops"],
+        "bytes": row["bytes"], "seconds": seconds[fastest], "note": f"{row['row']}: {fastest}",
     }  # fmt: skip
 
 
@@ -64,12 +83,15 @@ def as_text(table: dict[str, typing.Any]) -> str:
     return head[:-2] + ',\n "rows": [\n' + rows + "\n ]\n}\n"
 
 
-def main(path: str) -> None:
+def main(tuning_path: str, benchmark_path: str) -> None:
     """Writes the table of this project's kernels beside the others."""
-    anchors = json.loads((TABLES / f"{_ANCHORS}.json").read_text())
-    table = table_of(json.loads(pathlib.Path(path).read_text()), anchors)
+    anchors, tuning, benchmark = (
+        json.loads(pathlib.Path(path).read_text())
+        for path in (TABLES / f"{_ANCHORS}.json", tuning_path, benchmark_path)
+    )
+    table = table_of(tuning, anchors, benchmark)
     (TABLES / f"{_OWN}.json").write_text(as_text(table))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
