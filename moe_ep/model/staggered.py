@@ -28,6 +28,7 @@ from jaxtyping import Float32
 from moe_ep.config import DispatchConfig, require
 from moe_ep.dispatch import TRANSPORTS, Exchange, Experts, Transport
 from moe_ep.dispatch.exchange import crossed
+from moe_ep.mesh import vary
 from moe_ep.model.block import AttentionHalf, MoEBlock
 from moe_ep.model.moe import MoEReport
 from moe_ep.model.router import Routing
@@ -63,7 +64,7 @@ class _Exchanger(NamedTuple):
         batches = self.transport.receive(arrived, sent.plan, self.exchange)
         outputs = [experts(batch.rows, batch.groups) for batch in batches]
         rows = self.transport.pack_back(outputs, batches, sent.weights, sent.plan, self.exchange)
-        return sent._replace(rows=rows)
+        return vary(sent._replace(rows=rows))  # as the zeros that the scan starts from
 
     def move_back(self, packed: _Packed) -> Any:
         return self.transport.move_back(packed.rows, packed.plan, self.exchange)
@@ -203,5 +204,4 @@ def _join(first: Any, second: Any) -> Any:
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> Array:
-    zeros, axes = jnp.zeros(like.shape, like.dtype), tuple(like.manual_axis_type.varying)
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+    return vary(jnp.zeros(like.shape, like.dtype))
