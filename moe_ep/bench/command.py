@@ -26,10 +26,14 @@ def start(argv: list[str], module: str) -> dict:
         message = f"--sizes=full: needs a GPU, this is {jax.default_backend()}; --sizes=tiny runs anywhere"
         print(message, file=sys.stderr)
         sys.exit(2)
-    # Where the files go is of this machine, not of the measurement.
-    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--out", "--json"))]
     return {
         "kind": "measured" if SIZES.value == "full" else "tiny sizes, no measurement:",
-        **report.provenance(" ".join([f"python -m {module}", *given]), COMMIT.value),
+        **report.provenance(command_line(module), COMMIT.value),
         "seed": secrets.randbelow(2**31) if SEED.value is None else SEED.value,
     }
+
+
+def command_line(module: str) -> str:
+    """Returns the command as it is recorded: where its files go is of this machine, not of the measurement."""
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--out", "--json"))]
+    return " ".join([f"python -m {module}", *given])

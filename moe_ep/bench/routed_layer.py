@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from moe_ep.bench import kernel_cases, report
+from moe_ep.bench import command, kernel_cases, report
 from moe_ep.bench.timing import measure_in_turns
 from moe_ep.config import DispatchConfig
 from moe_ep.dispatch import Exchange, exchange_rows, make_exchange
@@ -33,7 +33,6 @@ _SIZES = {
     )
 }
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Samples of each, taken in turns.", lower_bound=3)
-_OUT = flags.DEFINE_string("out", "results", "The folder of the result files.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +123,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"what is {argv[1]!r}? Only flags are taken")
     sizes = Sizes(**{name: flag.value for name, flag in _SIZES.items()})
     result = {"kind": "measured", "sizes": dataclasses.asdict(sizes)}
-    result |= report.provenance(" ".join(["python -m moe_ep.bench.routed_layer", *sys.argv[1:]]), None)
+    result |= report.provenance(command.command_line("moe_ep.bench.routed_layer"), None)
     result |= measure(sizes, seed=0, rounds=_ROUNDS.value)
     markdown = as_markdown(result)
     print(markdown)
-    for path in report.write(_OUT.value, report.file_stem("routed_layer"), result, markdown):
+    for path in report.write(command.OUT.value, report.file_stem("routed_layer"), result, markdown):
         print(f"wrote {path}", file=sys.stderr)
 
 
