@@ -27,6 +27,12 @@ def _train(config: Config, workdir: Path) -> dict:
     return train(config, mesh, workdir)
 
 
+def _generate(config: Config, workdir: Path) -> dict:
+    from moe_ep.serve.generate import generate
+
+    return generate(config, workdir)
+
+
 def _aot(config: Config, workdir: Path) -> dict:
     from moe_ep.aot.main import aot
 
@@ -47,6 +53,7 @@ def _claims(config: Config, workdir: Path) -> dict:
 
 MODES: dict[str, Callable[[Config, Path], dict]] = {
     "train": _train,
+    "generate": _generate,
     "aot": _aot,
     "simulate": _simulate,
     "claims": _claims,

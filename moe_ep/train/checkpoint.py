@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from moe_ep.model.names import by_path
 from moe_ep.train.state import TrainState
 
 
@@ -29,29 +30,19 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, extra: dict) -> None:
         """Starts saving; training may go on, donation included, once this returns."""
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(_by_path(state)), extra=ocp.args.JsonSave(extra))
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(by_path(state)), extra=ocp.args.JsonSave(extra))
         self._manager.save(step, args=arguments)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
         """Returns the state, placed as `abstract` says (any mesh will do), and the JSON saved with it."""
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_by_path(abstract)), extra=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(by_path(abstract)), extra=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(step, args=arguments)
-        leaves = [restored["state"][name] for name in _by_path(abstract)]
+        leaves = [restored["state"][name] for name in by_path(abstract)]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), restored["extra"]
 
     def close(self) -> None:
         """Waits for the last save; a disk that is full shows here."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def _by_path(state: TrainState) -> dict[str, object]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {"".join(_name(key) for key in path).strip("."): leaf for path, leaf in leaves}
-
-
-def _name(key: object) -> str:
-    name = getattr(key, "name", getattr(key, "key", getattr(key, "idx", None)))
-    return "" if name == "value" else f".{name}"
