@@ -20,6 +20,7 @@ LAYERS = (
     ("dispatch",),
     ("model",),
     ("train", "serve", "simulate"),
+    ("programs",),
     ("aot", "bench"),
     ("run",),
 )

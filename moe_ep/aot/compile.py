@@ -3,15 +3,17 @@
 import time
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
 from moe_ep.aot.estimates import make_estimates
 from moe_ep.aot.hlo import Module, parse
 from moe_ep.aot.memory import MemoryReport, read_memory
-from moe_ep.aot.programs import make_program
 from moe_ep.aot.schedule import read_schedule
 from moe_ep.aot.timeline import Timeline, walk
-from moe_ep.aot.topology import COMPILER_OPTIONS, compile_only_devices
-from moe_ep.config import Config
+from moe_ep.aot.topology import compile_only_devices
+from moe_ep.config import Config, require
 from moe_ep.mesh import make_mesh
+from moe_ep.programs import COMPILER_OPTIONS, Program, make_program
 
 
 class Compiled(NamedTuple):
@@ -25,6 +27,18 @@ class Compiled(NamedTuple):
     timeline: Timeline
 
 
+def program_of(config: Config, mesh: Mesh) -> Program:
+    """Returns the program that `config.aot` names and sizes.
+
+    Raises:
+      ConfigError: the tokens are not whole sequences.
+    """
+    aot = config.aot
+    require(aot.tokens_per_gpu % aot.context == 0, "aot.tokens_per_gpu", aot.tokens_per_gpu,
+            f"a multiple of aot.context = {aot.context}")  # fmt: skip
+    return make_program(config, mesh, aot.program, sequences=aot.tokens_per_gpu // aot.context, context=aot.context)
+
+
 def compile_program(config: Config) -> Compiled:
     """Compiles the config's program for its cluster and reads memory, collectives and schedule.
 
@@ -34,7 +48,7 @@ def compile_program(config: Config) -> Compiled:
     experts = config.model.moe.num_experts
     gpus = (config.mesh.data or 1) * (config.mesh.expert or experts)
     mesh = make_mesh(config.mesh, config.cluster, experts, compile_only_devices(config.cluster, gpus))
-    program = make_program(config, mesh)
+    program = program_of(config, mesh)
     begin = time.perf_counter()
     lowered = program.function.lower(*program.arguments)
     compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)

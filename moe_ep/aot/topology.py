@@ -29,16 +29,6 @@ _DEVICE_KINDS = {
     "b200": "NVIDIA B200",
 }
 
-# The options under which this project compiles for GPUs, real or absent.
-COMPILER_OPTIONS = {
-    "xla_gpu_enable_latency_hiding_scheduler": True,
-    # The dot merger joins products that share an operand: it concatenates a layer's
-    # weights in every layer, and undoes chunks.
-    "xla_gpu_dot_merger_threshold_mb": 0,
-    # cuBLAS reads a layer's weights where they lie in the stack; Triton's fusions get a copy.
-    "xla_gpu_enable_triton_gemm": False,
-}
-
 
 def target_config_text(gpu: Gpu) -> str:
     """Returns the GPU as XLA's GpuTargetConfigProto in text form."""

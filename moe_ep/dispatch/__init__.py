@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from moe_ep.dispatch import all_gather, all_to_all, ragged
-from moe_ep.dispatch.exchange import DispatchCounts, Exchange, make_exchange
+from moe_ep.dispatch.exchange import DispatchCounts, Exchange, make_exchange, sum_counts
 from moe_ep.dispatch.plan import count_experts
 from moe_ep.kernels.grouped_matmul import RowGroups
 from moe_ep.shapes import Choices, Rows, TokenRows, Weights
@@ -84,4 +84,4 @@ def exchange_rows(
     return transport.bring_back(outputs, batches, weights, plan, exchange), plan.counts
 
 
-__all__ = ["TRANSPORTS", "DispatchCounts", "Exchange", "Transport", "count_experts", "exchange_rows", "make_exchange"]
+__all__ = ["TRANSPORTS", "DispatchCounts", "Exchange", "Transport", "count_experts", "exchange_rows", "make_exchange", "sum_counts"]

@@ -4,10 +4,13 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_ep.config import DispatchConfig
+from moe_ep.mesh import ALL_AXES
 from moe_ep.shapes import Count
 
 
@@ -58,6 +61,12 @@ class DispatchCounts(NamedTuple):
     rows_padded: Count
     rows_dropped: Count
     waves_needed: Count
+
+
+def sum_counts(counts: DispatchCounts) -> DispatchCounts:
+    """Returns the totals of counts stacked over layers, over all devices too; of waves the most."""
+    totals = jax.tree.map(lambda count: jax.lax.psum(jnp.sum(count), ALL_AXES), counts)
+    return totals._replace(waves_needed=jax.lax.pmax(jnp.max(counts.waves_needed), ALL_AXES))
 
 
 def make_exchange(dispatch: DispatchConfig, *, experts: int, peers: int, tokens: int, top_k: int) -> Exchange:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int32
 
 from moe_ep.config import DispatchConfig
 from moe_ep.model.block import AttentionHalf, DenseBlock, MoEBlock
@@ -25,10 +25,17 @@ from moe_ep.model.staggered import scan_staggered
 from moe_ep.shapes import Activations, Positions
 
 Bias = Float32[Array, "L E"]
+Replay = Int32[Array, "L t K"] | None  # choices to use instead of the routers' own, where not negative
 
 
 def prefill_blocks(
-    x: Activations, positions: Positions, dense: DenseBlock | None, moe: MoEBlock, bias: Bias, dispatch: DispatchConfig
+    x: Activations,
+    positions: Positions,
+    dense: DenseBlock | None,
+    moe: MoEBlock,
+    bias: Bias,
+    dispatch: DispatchConfig,
+    replay: Replay = None,
 ) -> tuple[Activations, LatentCache, MoEReport]:
     """Runs all blocks on whole prompts, keys and values expanded.
 
@@ -44,31 +51,31 @@ def prefill_blocks(
     dense_rows = None
     if dense is not None:
         x, dense_rows = jax.lax.scan(dense_step, x, dense)
-    x, rows, reports = _PREFILLS[dispatch.overlap](x, positions, moe, bias, dispatch)
+    x, rows, reports = _PREFILLS[dispatch.overlap](x, positions, moe, bias, dispatch, replay)
     return x, LatentCache(dense_rows, rows), reports
 
 
 def _prefill_whole(
-    x: Activations, positions: Positions, blocks: MoEBlock, bias: Bias, dispatch: DispatchConfig
+    x: Activations, positions: Positions, blocks: MoEBlock, bias: Bias, dispatch: DispatchConfig, replay: Replay
 ) -> tuple[Activations, Array, MoEReport]:
     def step(x: Activations, layer: tuple) -> tuple[Activations, tuple]:
-        block, bias = layer
+        block, bias, replay = layer
         x, rows = block.first.prefill(x, positions)
-        x, report = block.feed_forward(x, bias, dispatch)
+        x, report = block.feed_forward(x, bias, dispatch, replay)
         return x, (rows, report)
 
-    x, (rows, reports) = jax.lax.scan(step, x, (blocks, bias))
+    x, (rows, reports) = jax.lax.scan(step, x, (blocks, bias, replay))
     return x, rows, reports
 
 
 def _prefill_halves(
-    x: Activations, positions: Positions, blocks: MoEBlock, bias: Bias, dispatch: DispatchConfig
+    x: Activations, positions: Positions, blocks: MoEBlock, bias: Bias, dispatch: DispatchConfig, replay: Replay
 ) -> tuple[Activations, Array, MoEReport]:
     def attend(half: AttentionHalf, x: Activations, positions: Any) -> tuple[Activations, Array]:
         return half.prefill(x, positions)
 
     extras = jnp.broadcast_to(positions[None], (bias.shape[0], *positions.shape))
-    x, reports, rows = scan_staggered(attend, x, blocks, bias, None, extras, lambda step: step, dispatch)
+    x, reports, rows = scan_staggered(attend, x, blocks, bias, replay, extras, lambda step: step, dispatch)
     return x, rows, reports
 
 
@@ -84,6 +91,7 @@ def decode_blocks(
     lengths: Lengths,
     bias: Bias,
     dispatch: DispatchConfig,
+    replay: Replay = None,
 ) -> tuple[Activations, LatentCache, MoEReport]:
     """Runs all blocks on one new token a sequence, attention absorbed.
 
@@ -96,6 +104,7 @@ def decode_blocks(
       lengths: tokens of each sequence that the cache holds: the new one's position.
       bias: of every MoE layer.
       dispatch: how rows travel. "staggered" needs sequences that are not in pages.
+      replay: choices to use instead of the routers' own, where they are not negative.
 
     Returns:
       The blocks' output; the cache with the new rows; every MoE layer's report.
@@ -112,27 +121,41 @@ def decode_blocks(
         layers = (dense, _pages_of_layers(cache.dense, pages))
         (x, rows), _ = jax.lax.scan(dense_step, (x, _end_to_end(cache.dense)), layers)
         dense_rows = rows.reshape(cache.dense.shape)
-    x, rows, reports = _DECODES[dispatch.overlap](x, moe, cache.moe, pages, lengths, bias, dispatch)
+    x, rows, reports = _DECODES[dispatch.overlap](x, moe, cache.moe, pages, lengths, bias, dispatch, replay)
     return x, LatentCache(dense_rows, rows), reports
 
 
 def _decode_whole(
-    x: Activations, blocks: MoEBlock, cached: Array, pages: Pages, lengths: Lengths, bias: Bias, dispatch: DispatchConfig
+    x: Activations,
+    blocks: MoEBlock,
+    cached: Array,
+    pages: Pages,
+    lengths: Lengths,
+    bias: Bias,
+    dispatch: DispatchConfig,
+    replay: Replay,
 ) -> tuple[Activations, Array, MoEReport]:
     def step(carry: tuple, layer: tuple) -> tuple[tuple, MoEReport]:
         x, rows = carry
-        block, bias, layer_pages = layer
+        block, bias, layer_pages, replay = layer
         x, rows = block.first.decode(x, rows, layer_pages, lengths)
-        x, report = block.feed_forward(x, bias, dispatch)
+        x, report = block.feed_forward(x, bias, dispatch, replay)
         return (x, rows), report
 
-    layers = (blocks, bias, _pages_of_layers(cached, pages))
+    layers = (blocks, bias, _pages_of_layers(cached, pages), replay)
     (x, rows), reports = jax.lax.scan(step, (x, _end_to_end(cached)), layers)
     return x, rows.reshape(cached.shape), reports
 
 
 def _decode_halves(
-    x: Activations, blocks: MoEBlock, cached: Array, pages: Pages, lengths: Lengths, bias: Bias, dispatch: DispatchConfig
+    x: Activations,
+    blocks: MoEBlock,
+    cached: Array,
+    pages: Pages,
+    lengths: Lengths,
+    bias: Bias,
+    dispatch: DispatchConfig,
+    replay: Replay,
 ) -> tuple[Activations, Array, MoEReport]:
     """Each half has its own sequences' rows of a layer; only the new ones leave the scan."""
     del pages
@@ -144,7 +167,7 @@ def _decode_halves(
         return x, last_rows(rows, lengths)
 
     extras = (cached, jnp.broadcast_to(lengths[None], (bias.shape[0], *lengths.shape)))
-    x, reports, new = scan_staggered(attend, x, blocks, bias, None, extras, lambda step: step, dispatch)
+    x, reports, new = scan_staggered(attend, x, blocks, bias, replay, extras, lambda step: step, dispatch)
     sequence = jnp.arange(lengths.shape[0], dtype=jnp.int32)
     return x, cached.at[:, sequence, lengths].set(new, mode="drop"), reports
 

@@ -34,12 +34,14 @@ class Router(nnx.Module):
         Args:
           x: the tokens.
           bias: added to the scores for the choice only; no gradient flows to it.
-          replay: choices to use instead of the router's own; weights are still the router's.
+          replay: choices to use instead of the router's own where they are not negative; weights are
+            still the router's.
         """
         # HIGHEST keeps float32 products float32: GPUs would round them to TF32.
         logits = jnp.dot(x.astype(jnp.float32), self.matrix[...].astype(jnp.float32), precision="highest")
         scores = _SCORES[self.config.score](logits)
-        choices = choose(jax.lax.stop_gradient(scores) + bias[None, :], self.config) if replay is None else replay
+        choices = choose(jax.lax.stop_gradient(scores) + bias[None, :], self.config)
+        choices = choices if replay is None else jnp.where(replay < 0, choices, replay)
         chosen = jnp.take_along_axis(scores, choices, axis=-1)
         return Routing(choices, _weigh(chosen, self.config), logits)
 

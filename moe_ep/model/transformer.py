@@ -54,7 +54,7 @@ class Transformer(nnx.Module):
           tokens: this device's sequences, each from position 0.
           bias: the balance bias of every MoE layer.
           dispatch: how rows travel, and the waves of this program.
-          replay: choices to use instead of the routers' own.
+          replay: choices to use instead of the routers' own, where they are not negative.
         """
         x = self.embed(tokens)
         remember = _REMAT[self.config.remat]
@@ -71,7 +71,12 @@ class Transformer(nnx.Module):
         return self.norm(x), reports
 
     def prefill(
-        self, tokens: Tokens, lengths: Lengths, bias: Float32[Array, "L E"], dispatch: DispatchConfig
+        self,
+        tokens: Tokens,
+        lengths: Lengths,
+        bias: Float32[Array, "L E"],
+        dispatch: DispatchConfig,
+        replay: Int32[Array, "L t K"] | None = None,
     ) -> tuple[Float32[Array, "b V"], LatentCache, MoEReport]:
         """Runs whole prompts.
 
@@ -81,13 +86,14 @@ class Transformer(nnx.Module):
           lengths: tokens of each prompt.
           bias: the balance bias of every MoE layer.
           dispatch: how rows travel, and the waves of this program.
+          replay: choices to use instead of the routers' own, where they are not negative.
 
         Returns:
           The logits of each prompt's last token; the cache, with room for s tokens
           (`kv_cache.with_rows` makes more); every MoE layer's report.
         """
         x = self.embed(tokens)
-        x, cache, reports = prefill_blocks(x, _positions(x), self.dense, self.moe, bias, dispatch)
+        x, cache, reports = prefill_blocks(x, _positions(x), self.dense, self.moe, bias, dispatch, replay)
         last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         return self.logits(self.norm(last))[:, 0], cache, reports
 
@@ -99,6 +105,7 @@ class Transformer(nnx.Module):
         bias: Float32[Array, "L E"],
         dispatch: DispatchConfig,
         pages: Pages | None = None,
+        replay: Int32[Array, "L b K"] | None = None,
     ) -> tuple[Float32[Array, "b V"], LatentCache, MoEReport]:
         """Runs one new token of each sequence; one program serves all lengths.
 
@@ -109,13 +116,14 @@ class Transformer(nnx.Module):
           bias: the balance bias of every MoE layer.
           dispatch: how rows travel, and the waves of this program.
           pages: of each sequence in the cache, in order; None where each has a page to itself.
+          replay: choices to use instead of the routers' own, where they are not negative.
 
         Returns:
           The logits of the next token; the cache; every MoE layer's report.
         """
         pages = own_pages(cache) if pages is None else pages
         x = self.embed(tokens[:, None])
-        x, cache, reports = decode_blocks(x, self.dense, self.moe, cache, pages, lengths, bias, dispatch)
+        x, cache, reports = decode_blocks(x, self.dense, self.moe, cache, pages, lengths, bias, dispatch, replay)
         return self.logits(self.norm(x))[:, 0], cache, reports
 
     def embed(self, tokens: Tokens) -> Activations:

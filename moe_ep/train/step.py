@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float32, Int32
 
 from moe_ep.config import Config
-from moe_ep.dispatch import DispatchCounts
+from moe_ep.dispatch import DispatchCounts, sum_counts
 from moe_ep.mesh import ALL_AXES, TOKENS, vary
 from moe_ep.model.router import mean_score
 from moe_ep.model.transformer import Transformer
@@ -55,10 +55,8 @@ def _summarize(report: LossReport, global_tokens: int) -> BatchReport:
     """Sums over devices, layers and micro-batches; the report's leading axis is the micro-batch."""
     layers = report.layers
     expert_counts = jax.lax.psum(jnp.sum(layers.expert_counts, axis=0), ALL_AXES)
-    totals = jax.tree.map(lambda counts: jax.lax.psum(jnp.sum(counts), ALL_AXES), layers.dispatch)
-    waves = jax.lax.pmax(jnp.max(layers.dispatch.waves_needed), ALL_AXES)
     loss = jax.lax.psum(jnp.sum(report.cross_entropy), ALL_AXES) / global_tokens
-    return BatchReport(loss, expert_counts, totals._replace(waves_needed=waves), layers.choices)
+    return BatchReport(loss, expert_counts, sum_counts(layers.dispatch), layers.choices)
 
 
 def sum_gradients(gradients: Transformer, specs: Transformer) -> Transformer:

@@ -1,0 +1,182 @@
+"""The real programs, prefill, decode and a training step, with the shapes of what they take: to compile or to time."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Int32
+
+from moe_ep.config import Config
+from moe_ep.dispatch import DispatchCounts, sum_counts
+from moe_ep.mesh import ALL_AXES, TOKENS, shardings, vary
+from moe_ep.model.block import DenseBlock, MoEBlock
+from moe_ep.model.kv_cache import CACHE, make_cache, round_up_rows
+from moe_ep.model.moe import MoEReport
+from moe_ep.model.transformer import Transformer, for_platform
+from moe_ep.train.state import abstract_state, platform_of
+from moe_ep.train.step import CHOICES, make_step
+
+# Under which this project compiles for GPUs, real or absent.
+COMPILER_OPTIONS = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    # The dot merger joins products that share an operand: it concatenates a layer's
+    # weights in every layer, and undoes chunks.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    # cuBLAS reads a layer's weights where they lie in the stack; Triton's fusions get a copy.
+    "xla_gpu_enable_triton_gemm": False,
+}
+
+_CHOICES_OF_LAYERS = P(None, ALL_AXES)  # layer, token, choice
+
+
+class Program(NamedTuple):
+    """A jitted function, and the shapes, types and shardings of what it takes.
+
+    prefill(parameters, tokens, lengths, bias, replay) -> logits, cache, ServedReport
+    decode(parameters, tokens, {"cache": cache}, lengths, bias, replay) -> logits, cache, ServedReport; the cache is donated
+    train(state, tokens, replay) -> state, StepReport; the state is donated
+    """
+
+    function: Callable
+    arguments: tuple
+    tokens_per_gpu: int
+
+
+class ServedReport(NamedTuple):
+    """What a forward pass moved, the same on every device, and the choices, which stay with their tokens."""
+
+    dispatch: DispatchCounts  # summed over devices and layers; waves: the most
+    choices: Int32[Array, "L T K"]
+
+
+def make_program(config: Config, mesh: Mesh, phase: str, *, sequences: int, context: int, replay: bool = False) -> Program:
+    """Returns the program of a phase.
+
+    Args:
+      config: of the run; `config.dispatch.waves` are the program's.
+      mesh: its devices may be absent.
+      phase: a name of PHASES.
+      sequences: of each device, in a micro-batch.
+      context: tokens of a sequence; in decode those that its cache holds.
+      replay: whether it takes choices to use instead of the routers' own; else None is passed.
+    """
+    return PHASES[phase](config, mesh, sequences, context, replay)
+
+
+def _train(config: Config, mesh: Mesh, sequences: int, context: int, replay: bool) -> Program:
+    batch = sequences * mesh.size
+    accumulation = config.train.accumulation
+    train = dataclasses.replace(config.train, sequence=context, batch_sequences=batch * accumulation)
+    config = dataclasses.replace(config, train=train)
+    tokens = _per_sequence(mesh, train.batch_sequences, context + 1)
+    shape = (accumulation, config.model.moe_layers, batch * context, config.model.moe.top_k)
+    choices = _int32(mesh, shape, CHOICES) if replay else None
+    return Program(make_step(config, mesh), (abstract_state(config, mesh), tokens, choices), sequences * context)
+
+
+def _prefill(config: Config, mesh: Mesh, sequences: int, context: int, replay: bool) -> Program:
+    """Whole prompts through the model: their caches, and the logits of each prompt's last token."""
+    parameters, specs = served_parameters(config, mesh)
+
+    def on_device(parameters, tokens, lengths, bias, replay):
+        parameters, bias = vary(parameters), vary(bias)
+        logits, cache, reports = parameters.prefill(tokens, lengths, bias, config.dispatch, replay)
+        return logits, cache, _summarize(reports)
+
+    batch, replay_specs = sequences * mesh.size, _CHOICES_OF_LAYERS if replay else None
+    function = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(specs, TOKENS, TOKENS, P(), replay_specs),
+        out_specs=(TOKENS, CACHE, ServedReport(P(), _CHOICES_OF_LAYERS)),
+    )
+    tokens, lengths = _per_sequence(mesh, batch, context), _per_sequence(mesh, batch)
+    choices = _replay(config, mesh, batch * context) if replay else None
+    return Program(
+        jax.jit(function), (parameters, tokens, lengths, _bias(config, mesh), choices), sequences * context
+    )
+
+
+def _decode(config: Config, mesh: Mesh, sequences: int, context: int, replay: bool) -> Program:
+    """One new token of every sequence, behind the `context` tokens that its cache holds."""
+    parameters, specs = served_parameters(config, mesh)
+    batch, replay_specs = sequences * mesh.size, _CHOICES_OF_LAYERS if replay else None
+
+    def on_device(parameters, tokens, cache, lengths, bias, replay):
+        parameters, bias = vary(parameters), vary(bias)
+        logits, cache, reports = parameters.decode(tokens, cache, lengths, bias, config.dispatch, replay=replay)
+        return logits, cache, _summarize(reports)
+
+    caches = jax.eval_shape(lambda: make_cache(config.model, batch, round_up_rows(context)))
+    cache = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, CACHE)), caches
+    )
+    function = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(specs, TOKENS, CACHE, TOKENS, P(), replay_specs),
+        out_specs=(TOKENS, CACHE, ServedReport(P(), _CHOICES_OF_LAYERS)),
+    )
+    tokens, choices = _per_sequence(mesh, batch), _replay(config, mesh, batch) if replay else None
+    arguments = (parameters, tokens, {"cache": cache}, tokens, _bias(config, mesh), choices)
+
+    def decode(parameters, tokens, held, lengths, bias, replay):
+        return function(parameters, tokens, held["cache"], lengths, bias, replay)
+
+    return Program(jax.jit(decode, donate_argnums=2), arguments, sequences)
+
+
+def _summarize(reports: MoEReport) -> ServedReport:
+    return ServedReport(sum_counts(reports.dispatch), reports.choices)
+
+
+def _int32(mesh: Mesh, shape: tuple[int, ...], spec: P) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec))
+
+
+def _per_sequence(mesh: Mesh, *shape: int) -> jax.ShapeDtypeStruct:
+    return _int32(mesh, shape, TOKENS)
+
+
+def _replay(config: Config, mesh: Mesh, tokens: int) -> jax.ShapeDtypeStruct:
+    return _int32(mesh, (config.model.moe_layers, tokens, config.model.moe.top_k), _CHOICES_OF_LAYERS)
+
+
+def _bias(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    layers_experts = (config.model.moe_layers, config.model.moe.num_experts)
+    return jax.ShapeDtypeStruct(layers_experts, jnp.float32, sharding=NamedSharding(mesh, P()))
+
+
+def served_parameters(config: Config, mesh: Mesh) -> tuple[Transformer, Transformer]:
+    """Returns the parameters as they are served, without values, and their PartitionSpecs.
+
+    Matrices are in the type of the computation; router and norms stay float32.
+    """
+    model = for_platform(config.model, platform_of(mesh))
+    shapes = jax.eval_shape(lambda: as_served(Transformer(jax.random.key(0), model), model.dtype))
+    specs = nnx.get_partition_spec(shapes)
+    served = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(mesh, specs),
+    )
+    return served, specs
+
+
+def as_served(parameters: nnx.Module, dtype: str) -> nnx.Module:
+    """Returns parameters in the types in which they are served."""
+
+    def serve(path, leaf):
+        name = jax.tree_util.keystr(path)
+        return leaf if "router" in name or "norm" in name else leaf.astype(jnp.dtype(dtype))
+
+    return jax.tree_util.tree_map_with_path(serve, parameters)
+
+
+PHASES = {"prefill": _prefill, "decode": _decode, "train": _train}
