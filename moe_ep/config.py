@@ -230,6 +230,32 @@ class SimulateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """What `--mode=bench` times. Every combination of the lists is a row; "per GPU" is per device, emulated ones too."""
+
+    # layouts: one expert a device beside the baselines, on all devices. strong: one model and one
+    # global batch on more and more devices. weak: experts grow with the devices. all_to_all: the
+    # transports' collectives alone, over message sizes.
+    studies: tuple[Literal["layouts", "strong", "weak", "all_to_all"], ...] = ("layouts", "strong", "weak")
+    phases: tuple[Literal["prefill", "decode", "train"], ...] = ("prefill", "decode", "train")
+    baselines: tuple[int, ...] = (4, 8, 16)  # EP degrees; those that divide devices and experts are timed
+    devices: tuple[int, ...] = ()  # of the scaling studies; none: doubled from 2 up to all
+    sequences: tuple[int, ...] = (128,)  # tokens of one; in decode those it has
+    tokens_per_gpu: tuple[int, ...] = (512,)  # of a micro-batch in prefill and training
+    sequences_per_gpu: tuple[int, ...] = (8,)  # of a micro-batch in decode, one token each
+    # uniform and zipf:EXPONENT: choices are drawn and replayed; text: the run's own router on its data.
+    routing: tuple[str, ...] = ("uniform", "zipf:1.0", "text")
+    turns: int = 5  # the layouts take turns, in changing order ...
+    steps: int = 4  # ... of so many steps each
+    profile: bool = False  # on a GPU, also how long it idles between kernels
+    predict: bool = False  # also the full-size comparison, by the simulator
+    transports: tuple[Literal["all_to_all", "all_gather", "ragged"], ...] = ("all_to_all", "all_gather", "ragged")
+    smallest_bytes: int = 2**14  # messages of all_to_all, doubled up to ...
+    largest_bytes: int = 2**22
+    results: str = ""  # a folder that the finished tables are copied to; none: the work directory only
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -243,6 +269,7 @@ class Config:
     cluster: ClusterConfig = ClusterConfig()
     aot: AotConfig = AotConfig()
     simulate: SimulateConfig = SimulateConfig()
+    bench: BenchConfig = BenchConfig()
     seed: int = 0
 
 
@@ -335,6 +362,7 @@ def check(config: Config) -> Config:
     _check_model(config.model)
     _check_layout(config)
     _check_training(config)
+    _check_bench(config.bench)
     return config
 
 
@@ -391,6 +419,16 @@ def _check_training(config: Config) -> None:
             "less than 1")  # fmt: skip
     require(balance.interval_ms is None or balance.interval_steps == 1, "balance.interval_ms", balance.interval_ms,
             "none unless balance.interval_steps=1: give one of the two")  # fmt: skip
+
+
+def _check_bench(bench: BenchConfig) -> None:
+    for name in ("studies", "phases", "sequences", "tokens_per_gpu", "sequences_per_gpu", "routing", "transports"):
+        require(len(getattr(bench, name)) > 0, f"bench.{name}", "", "at least one")
+    for name in ("baselines", "devices", "sequences", "tokens_per_gpu", "sequences_per_gpu"):
+        values = getattr(bench, name)
+        require(all(value > 0 for value in values), f"bench.{name}", ",".join(map(str, values)), "more than zero, each")
+    require(bench.smallest_bytes <= bench.largest_bytes, "bench.smallest_bytes", bench.smallest_bytes,
+            f"at most bench.largest_bytes = {bench.largest_bytes}")  # fmt: skip
 
 
 # Derived sizes. Matrices only, as FLOPs count them; norms are added by `parameters`.

@@ -84,6 +84,21 @@ def vary(tree: object) -> object:
     return jax.tree.map(mark, tree)
 
 
-def place_batch(tokens: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Returns a global batch on the mesh, its rows split over all devices; every process passes the same."""
-    return jax.make_array_from_callback(tokens.shape, NamedSharding(mesh, TOKENS), lambda index: tokens[index])
+def place_batch(values: np.ndarray, mesh: Mesh, spec: PartitionSpec = TOKENS) -> jax.Array:
+    """Returns a global array on the mesh, its rows split over all devices; every process passes the same."""
+    return jax.make_array_from_callback(values.shape, NamedSharding(mesh, spec), lambda index: values[index])
+
+
+def some_devices(count: int) -> Sequence[jax.Device]:
+    """Returns `count` of the devices that jax sees, as many of each process.
+
+    Raises:
+      ConfigError: there are not so many, or they cannot be shared out evenly.
+    """
+    processes = jax.process_count()
+    require(count % processes == 0 and count <= jax.device_count(), "bench.devices", count,
+            f"a multiple of the {processes} processes, at most {jax.device_count()} devices")  # fmt: skip
+    each = count // processes
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return [device for index in range(processes) for device in
+            [one for one in devices if one.process_index == index][:each]]  # fmt: skip

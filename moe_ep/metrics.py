@@ -28,6 +28,19 @@ def training_flops_per_token(model: ModelConfig, sequence: int) -> float:
     return 3.0 * forward_flops_per_token(model, sequence)
 
 
+def phase_flops_per_token(model: ModelConfig, phase: str, context: int) -> float:
+    """Returns the FLOPs of one token of "prefill", "decode" or "train".
+
+    Prefill makes logits of each prompt's last token alone; a decoded token meets its
+    whole cache, where the formula of a forward pass averages a causal triangle.
+    """
+    if phase == "train":
+        return training_flops_per_token(model, context)
+    if phase == "decode":
+        return forward_flops_per_token(model, 2 * context)
+    return forward_flops_per_token(model, context) - (1 - 1 / context) * 2 * model.vocabulary * model.width
+
+
 def mfu(tokens_per_s: float, flops_per_token: float, gpu: Gpu | None, devices: int) -> float | None:
     """Returns the model FLOPs a second over the devices' dense BF16 peak; None where the peak is not known (a CPU)."""
     if gpu is None:

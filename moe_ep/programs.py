@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,12 @@ from jaxtyping import Int32
 
 from moe_ep.config import Config
 from moe_ep.dispatch import DispatchCounts, sum_counts
-from moe_ep.mesh import ALL_AXES, TOKENS, shardings, vary
+from moe_ep.mesh import ALL_AXES, TOKENS, vary
 from moe_ep.model.block import DenseBlock, MoEBlock
 from moe_ep.model.kv_cache import CACHE, make_cache, round_up_rows
 from moe_ep.model.moe import MoEReport
 from moe_ep.model.transformer import Transformer, for_platform
+from moe_ep.serve.restore import abstract_parameters
 from moe_ep.train.state import abstract_state, platform_of
 from moe_ep.train.step import CHOICES, make_step
 
@@ -32,7 +33,7 @@ COMPILER_OPTIONS = {
     "xla_gpu_enable_triton_gemm": False,
 }
 
-_CHOICES_OF_LAYERS = P(None, ALL_AXES)  # layer, token, choice
+CHOICES_OF_LAYERS = P(None, ALL_AXES)  # layer, token, choice
 
 
 class Program(NamedTuple):
@@ -89,12 +90,12 @@ def _prefill(config: Config, mesh: Mesh, sequences: int, context: int, replay: b
         logits, cache, reports = parameters.prefill(tokens, lengths, bias, config.dispatch, replay)
         return logits, cache, _summarize(reports)
 
-    batch, replay_specs = sequences * mesh.size, _CHOICES_OF_LAYERS if replay else None
+    batch, replay_specs = sequences * mesh.size, CHOICES_OF_LAYERS if replay else None
     function = jax.shard_map(
         on_device,
         mesh=mesh,
         in_specs=(specs, TOKENS, TOKENS, P(), replay_specs),
-        out_specs=(TOKENS, CACHE, ServedReport(P(), _CHOICES_OF_LAYERS)),
+        out_specs=(TOKENS, CACHE, ServedReport(P(), CHOICES_OF_LAYERS)),
     )
     tokens, lengths = _per_sequence(mesh, batch, context), _per_sequence(mesh, batch)
     choices = _replay(config, mesh, batch * context) if replay else None
@@ -106,7 +107,7 @@ def _prefill(config: Config, mesh: Mesh, sequences: int, context: int, replay: b
 def _decode(config: Config, mesh: Mesh, sequences: int, context: int, replay: bool) -> Program:
     """One new token of every sequence, behind the `context` tokens that its cache holds."""
     parameters, specs = served_parameters(config, mesh)
-    batch, replay_specs = sequences * mesh.size, _CHOICES_OF_LAYERS if replay else None
+    batch, replay_specs = sequences * mesh.size, CHOICES_OF_LAYERS if replay else None
 
     def on_device(parameters, tokens, cache, lengths, bias, replay):
         parameters, bias = vary(parameters), vary(bias)
@@ -121,7 +122,7 @@ def _decode(config: Config, mesh: Mesh, sequences: int, context: int, replay: bo
         on_device,
         mesh=mesh,
         in_specs=(specs, TOKENS, CACHE, TOKENS, P(), replay_specs),
-        out_specs=(TOKENS, CACHE, ServedReport(P(), _CHOICES_OF_LAYERS)),
+        out_specs=(TOKENS, CACHE, ServedReport(P(), CHOICES_OF_LAYERS)),
     )
     tokens, choices = _per_sequence(mesh, batch), _replay(config, mesh, batch) if replay else None
     arguments = (parameters, tokens, {"cache": cache}, tokens, _bias(config, mesh), choices)
@@ -145,7 +146,7 @@ def _per_sequence(mesh: Mesh, *shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _replay(config: Config, mesh: Mesh, tokens: int) -> jax.ShapeDtypeStruct:
-    return _int32(mesh, (config.model.moe_layers, tokens, config.model.moe.top_k), _CHOICES_OF_LAYERS)
+    return _int32(mesh, (config.model.moe_layers, tokens, config.model.moe.top_k), CHOICES_OF_LAYERS)
 
 
 def _bias(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -154,29 +155,64 @@ def _bias(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def served_parameters(config: Config, mesh: Mesh) -> tuple[Transformer, Transformer]:
-    """Returns the parameters as they are served, without values, and their PartitionSpecs.
+    """Returns the parameters as they are served, without values, and their PartitionSpecs."""
+    served = abstract_parameters(for_platform(config.model, platform_of(mesh)), mesh)
+    return served, nnx.get_partition_spec(served)
 
-    Matrices are in the type of the computation; router and norms stay float32.
+
+def init_served_parameters(config: Config, mesh: Mesh) -> Transformer:
+    """Returns initial parameters as they are served, with the values that training begins with.
+
+    Layers are made one at a time: a float32 copy of a whole stack may not fit beside it.
     """
+    served, _ = served_parameters(config, mesh)
     model = for_platform(config.model, platform_of(mesh))
-    shapes = jax.eval_shape(lambda: as_served(Transformer(jax.random.key(0), model), model.dtype))
-    specs = nnx.get_partition_spec(shapes)
-    served = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings(mesh, specs),
-    )
-    return served, specs
+    key = jax.random.key(config.seed)
+    made = jax.tree.map(lambda leaf: leaf, served)
+    keys = jax.random.split(key, 4)
+    rest = (served.embedding, served.norm, served.head)
+    made.embedding, made.norm, made.head = _jit_like(rest, lambda: _outside_stacks(Transformer(key, model)))()
+    if model.dense_layers:
+        made.dense = _make_stack(lambda key: DenseBlock(key, model), keys[1], served.dense)
+    made.moe = _make_stack(lambda key: MoEBlock(key, model), keys[2], served.moe)
+    return made
 
 
-def as_served(parameters: nnx.Module, dtype: str) -> nnx.Module:
-    """Returns parameters in the types in which they are served."""
+def _outside_stacks(whole: Transformer) -> tuple:
+    """Returns what is not in a stack; traced, the stacks are then never made."""
+    return whole.embedding, whole.norm, whole.head
 
-    def serve(path, leaf):
-        name = jax.tree_util.keystr(path)
-        return leaf if "router" in name or "norm" in name else leaf.astype(jnp.dtype(dtype))
 
-    return jax.tree_util.tree_map_with_path(serve, parameters)
+def _make_stack(make: Callable[[Array], nnx.Module], key: Array, like: nnx.Module) -> nnx.Module:
+    like_leaves, structure = jax.tree.flatten(like)
+
+    def add(leaves: list[Array], key: Array, layer: Array) -> list[Array]:
+        made = jax.tree.leaves(make(key))
+        return [stack.at[layer].set(new.astype(stack.dtype)) for stack, new in zip(leaves, made, strict=True)]
+
+    leaves = _jit_like(like_leaves, lambda: [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like_leaves])()
+    add = _jit_like(like_leaves, add, donate_argnums=0)
+    for layer, layer_key in enumerate(jax.random.split(key, like_leaves[0].shape[0])):
+        leaves = add(leaves, layer_key, jnp.int32(layer))
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _jit_like(like: Any, make: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Returns `make` jitted, with results in the types and places of `like`."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, like)
+    platform = jax.tree.leaves(placed)[0].mesh.devices.flat[0].platform
+
+    def cast(*arguments: Any) -> Any:
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), make(*arguments), like)
+
+    # Run a few times at most, so on a CPU time goes to compiling random bits.
+    compiler = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
+    return jax.jit(cast, out_shardings=placed, compiler_options=compiler, **options)
+
+
+def compiler_options(platform: str) -> dict[str, bool | int] | None:
+    """Returns what programs are compiled with on "gpu" or "cpu"."""
+    return COMPILER_OPTIONS if platform == "gpu" else None
 
 
 PHASES = {"prefill": _prefill, "decode": _decode, "train": _train}

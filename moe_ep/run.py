@@ -39,6 +39,12 @@ def _aot(config: Config, workdir: Path) -> dict:
     return aot(config, workdir)
 
 
+def _bench(config: Config, workdir: Path) -> dict:
+    from moe_ep.bench.main import bench
+
+    return bench(config, workdir)
+
+
 def _simulate(config: Config, workdir: Path) -> dict:
     from moe_ep.simulate.main import simulate
 
@@ -54,6 +60,7 @@ def _claims(config: Config, workdir: Path) -> dict:
 MODES: dict[str, Callable[[Config, Path], dict]] = {
     "train": _train,
     "generate": _generate,
+    "bench": _bench,
     "aot": _aot,
     "simulate": _simulate,
     "claims": _claims,

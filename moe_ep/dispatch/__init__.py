@@ -26,6 +26,8 @@ class Transport(NamedTuple):
     pack_back(outputs, batches, weights, plan, exchange) -> packed
     move_back(packed, plan, exchange) -> came back: collectives and nothing else
     combine(came_back, weights, plan, exchange) -> token rows
+    queue_rows(exchange) -> rows that a buffer holds
+    network_rows(exchange, width, rows_away) -> rows that a device sends to others, of the `rows_away` it has for them
     """
 
     plan: Callable[..., Any]
@@ -36,6 +38,7 @@ class Transport(NamedTuple):
     move_back: Callable[..., Any]
     combine: Callable[..., TokenRows]
     queue_rows: Callable[[Exchange], int]
+    network_rows: Callable[[Exchange, int, float], float]
 
     def send(self, tokens: TokenRows, plan: Any, exchange: Exchange) -> list[Any]:
         """Sends tokens to their experts and lays them out there."""

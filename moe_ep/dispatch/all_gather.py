@@ -50,6 +50,12 @@ def queue_rows(exchange: Exchange) -> int:
     return exchange.rows_per_wave(mean, most)
 
 
+def network_rows(exchange: Exchange, width: int, rows_away: float) -> float:
+    """Returns the rows that a device sends to others in one exchange: its tokens to all, and its sums for all."""
+    del width, rows_away
+    return 2 * (exchange.peers - 1) * exchange.tokens
+
+
 def plan(choices: Choices, exchange: Exchange) -> Plan:
     """Gathers all devices' choices and plans this device's share of the experts' work."""
     wave_rows = queue_rows(exchange)

@@ -47,6 +47,14 @@ def queue_rows(exchange: Exchange) -> int:
     return exchange.rows_per_wave(mean, exchange.tokens * min(exchange.top_k, exchange.experts_per_peer))
 
 
+def network_rows(exchange: Exchange, width: int, rows_away: float) -> float:
+    """Returns the rows that a device sends to others in one exchange, out and back: whole buffers, whatever they hold."""
+    del rows_away
+    out_and_back = 2 * queue_rows(exchange) * exchange.waves
+    headers = _header_rows(exchange.experts_per_peer, width) * exchange.slices
+    return (exchange.peers - 1) * (out_and_back + headers)
+
+
 def plan(choices: Choices, exchange: Exchange) -> Plan:
     """Plans the exchange of this device's assignments; the same at any number of waves for those that fit."""
     wave_rows = queue_rows(exchange)

@@ -65,6 +65,12 @@ def queue_rows(exchange: Exchange) -> int:
     return exchange.rows_per_wave(exchange.tokens * exchange.top_k, most)
 
 
+def network_rows(exchange: Exchange, width: int, rows_away: float) -> float:
+    """Returns the rows that a device sends to others in one exchange, out and back: those it has for them."""
+    del exchange, width
+    return 2 * rows_away
+
+
 def plan(choices: Choices, exchange: Exchange) -> Plan:
     """Sorts this device's assignments and, from everyone's counts, places every run in its receiver's buffer."""
     ordered = sort_by_expert(choices.reshape(-1), exchange.experts)

@@ -3,11 +3,11 @@
 import dataclasses
 import math
 
-from moe_ep.config import forward_flops_per_token
 from moe_ep.cost.kernels import peak_flops
 from moe_ep.cost.memory import MemoryPlan, bytes_per_gpu, total
 from moe_ep.cost.routing import buffer_rows
 from moe_ep.cost.units import Number
+from moe_ep.metrics import phase_flops_per_token
 from moe_ep.simulate.layer import layer_load
 from moe_ep.simulate.scenario import DoesNotFit, Scenario, check
 from moe_ep.simulate.step import StageWork, compute_seconds, network_seconds, stage_work, step_seconds
@@ -76,7 +76,7 @@ def _assemble(scenario: Scenario, stage: StageWork, parts: dict[str, Number], mi
     times = workload.micro_batches if training else 1
     # In a pipeline that trains a step is all micro-batches through all stages.
     rate_per_gpu = workload.tokens_kept / seconds / layout.pp
-    flops = _flops_per_token(scenario) * (3 if training else 1)
+    flops = phase_flops_per_token(scenario.model, workload.phase, workload.context)
     network_s, compute_s = times * network_seconds(stage, chunks), times * compute_seconds(stage, chunks)
     busy = seconds / scenario.stack.step_factor
     exposed = min(max(busy - compute_s, 0.0), network_s)
@@ -100,15 +100,6 @@ def _assemble(scenario: Scenario, stage: StageWork, parts: dict[str, Number], mi
         bottleneck=_bottleneck(scenario, compute_s, network_s, exposed),
         memory_ignored=missing > 0,
     )
-
-
-def _flops_per_token(scenario: Scenario) -> Number:
-    """The model's forward FLOPs of a token; prefill makes logits of each prompt's last token alone."""
-    model, workload = scenario.model, scenario.workload
-    if workload.phase == "decode":  # the formula averages a causal triangle; a decoded token meets its whole cache
-        return forward_flops_per_token(model, 2 * workload.context)
-    skipped = 1 - 1 / workload.context if workload.phase == "prefill" else 0.0
-    return forward_flops_per_token(model, workload.context) - skipped * 2 * model.vocabulary * model.width
 
 
 def _ms_per_token(scenario: Scenario, seconds: Number) -> Number:

@@ -1,0 +1,109 @@
+"""Pictures of a benchmark: layouts side by side, scaling curves. matplotlib is imported here alone."""
+
+from pathlib import Path
+from typing import Any
+
+_COLOURS = ("#1f5fa8", "#d1642a", "#3c8d53", "#8a5aa8", "#b03a48", "#707070")
+
+
+def draw(rows: list[dict], folder: Path) -> list[Path]:
+    """Draws what the rows have and returns the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    paths = []
+    for study, name in (("layouts", "bench.layouts.png"), ("full size", "bench.full_size.png")):
+        if chosen := [row for row in rows if row["study"] == study]:
+            paths.append(_side_by_side(chosen, folder / name))
+    if chosen := [row for row in rows if row["study"] in ("strong", "weak")]:
+        paths.append(_scaling(chosen, folder / "bench.scaling.png"))
+    return paths
+
+
+def _side_by_side(rows: list[dict], path: Path) -> Path:
+    """A column of panels a phase: tokens/s, and bytes that a device sends for each of its tokens."""
+    from matplotlib import pyplot
+
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    size = (4.6 * len(phases), 6.4)
+    figure, panels = pyplot.subplots(2, len(phases), figsize=size, squeeze=False, layout="constrained")
+    for column, phase in enumerate(phases):
+        chosen = [row for row in rows if row["phase"] == phase]
+        _bars(panels[0][column], chosen, lambda row: row["tokens_per_s"])
+        _bars(panels[1][column], chosen, lambda row: row["bytes_sent"] / row["tokens_per_microbatch"] / 1e3)
+        panels[0][column].set_title(phase)
+    panels[0][0].set_ylabel("tokens/s, all devices")
+    panels[1][0].set_ylabel("kB sent for a token")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Layouts side by side ({_kinds(rows)})")
+    return _save(figure, path)
+
+
+def _bars(panel: Any, rows: list[dict], height: Any) -> None:
+    """Groups of bars: a group for each workload, a colour for each layout."""
+    groups = list(dict.fromkeys(_workload(row) for row in rows))
+    layouts = list(dict.fromkeys(_layout(row) for row in rows))
+    width = 0.8 / len(layouts)
+    for index, (layout, colour) in enumerate(zip(layouts, _COLOURS * 3)):
+        chosen = [row for row in rows if _layout(row) == layout]
+        at = [groups.index(_workload(row)) + (index - (len(layouts) - 1) / 2) * width for row in chosen]
+        panel.bar(at, [height(row) for row in chosen], width, color=colour, label=layout)
+    panel.set_xticks(range(len(groups)), groups, fontsize=7, rotation=20, ha="right")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _layout(row: dict) -> str:
+    if row["layout"] == "proposed":
+        return "one expert a device"
+    return f"{row['layout']} EP={row['ep']}"
+
+
+def _workload(row: dict) -> str:
+    if row["study"] == "full size":
+        return f"E={row['experts']}, {row['network']}"
+    return f"{row['sequence']} x {row['tokens_per_microbatch']:g}, {row['routing']}"
+
+
+def _scaling(rows: list[dict], path: Path) -> Path:
+    """Tokens/s over devices, a panel for strong and for weak scaling, with the straight line from the first point."""
+    from matplotlib import pyplot
+
+    studies = list(dict.fromkeys(row["study"] for row in rows))
+    size = (5.2 * len(studies), 4.2)
+    figure, panels = pyplot.subplots(1, len(studies), figsize=size, squeeze=False, layout="constrained")
+    for panel, study in zip(panels[0], studies, strict=True):
+        _curves(panel, [row for row in rows if row["study"] == study])
+        panel.set_title(f"{study} scaling")
+    panels[0][0].set_ylabel("tokens/s over that of the fewest devices")
+    figure.suptitle(f"Scaling over devices ({_kinds(rows)})")
+    return _save(figure, path)
+
+
+def _curves(panel: Any, rows: list[dict]) -> None:
+    series = list(dict.fromkeys((row["phase"], row["sequence"], row["routing"]) for row in rows))
+    for (phase, sequence, routing), colour in zip(series, _COLOURS * 9):
+        chosen = [row for row in rows if (row["phase"], row["sequence"], row["routing"]) == (phase, sequence, routing)]
+        devices = [row["devices"] for row in chosen]
+        panel.plot(devices, [row["tokens_per_s"] / chosen[0]["tokens_per_s"] for row in chosen], "o-", color=colour,
+                   label=f"{phase} {sequence}, {routing}")  # fmt: skip
+    devices = sorted({row["devices"] for row in rows})
+    panel.plot(devices, [count / devices[0] for count in devices], "--", color="black", linewidth=1, label="linear")
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(devices, [str(count) for count in devices])
+    panel.set_xlabel("devices")
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize=7)
+
+
+def _kinds(rows: list[dict]) -> str:
+    kinds = sorted({row["kind"] for row in rows})
+    note = ": times say nothing about GPUs" if kinds == ["emulated"] else ""
+    return ", ".join(kinds) + note
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,152 @@
+"""What the studies time: layouts side by side, and device counts for scaling."""
+
+import dataclasses
+from typing import NamedTuple
+
+from moe_ep.config import Config, ConfigError, MeshConfig, check, check_node_split
+
+
+class Layout(NamedTuple):
+    """How a model stands on `devices` devices: `data` replicas of an expert axis of `ep` devices."""
+
+    name: str  # "proposed": one expert a device and layer; "baseline": several
+    experts: int
+    ep: int
+    data: int
+
+    @property
+    def devices(self) -> int:
+        return self.ep * self.data
+
+    def __str__(self) -> str:
+        return f"{self.name} EP={self.ep}" + (f" x {self.data}" if self.data > 1 else "")
+
+
+class Contender(NamedTuple):
+    """One layout with its share of the batch."""
+
+    layout: Layout
+    sequences: int  # of each device
+
+
+class Cell(NamedTuple):
+    """Contenders that are timed in turns: the same work by the same devices, or a scaling curve."""
+
+    study: str
+    phase: str
+    context: int  # tokens of a sequence
+    contenders: tuple[Contender, ...]
+
+    def tokens_per_microbatch(self, contender: Contender) -> int:
+        """Returns the tokens that a device computes in a step."""
+        return contender.sequences * (1 if self.phase == "decode" else self.context)
+
+
+def make_cells(config: Config, devices: int) -> list[Cell]:
+    """Returns the grid of `config.bench` on so many devices.
+
+    Raises:
+      ConfigError: more devices asked for than there are, or no combination of the lists is whole.
+    """
+    counts = _device_counts(config, devices)
+    cells = [
+        Cell(study, phase, context, contenders)
+        for study in config.bench.studies
+        if study in _STUDIES
+        for phase in config.bench.phases
+        for context in config.bench.sequences
+        for sequences in _sequences(config, phase, context)
+        if (contenders := _STUDIES[study](config, devices, counts, sequences))
+    ]
+    if not cells and set(config.bench.studies) & set(_STUDIES):
+        raise ConfigError(
+            f"--set bench.tokens_per_gpu={','.join(map(str, config.bench.tokens_per_gpu))}: allowed are multiples of one "
+            f"of bench.sequences = {', '.join(map(str, config.bench.sequences))}, on at least two devices for scaling"
+        )
+    return cells
+
+
+def config_of(config: Config, layout: Layout) -> Config:
+    """Returns the run's config with a layout's experts and mesh."""
+    moe = dataclasses.replace(config.model.moe, num_experts=layout.experts)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, moe=moe),
+        mesh=MeshConfig(layout.data, layout.ep),
+        train=dataclasses.replace(config.train, accumulation=1),
+    )
+
+
+def _device_counts(config: Config, devices: int) -> list[int]:
+    counts = sorted(config.bench.devices) or [2**power for power in range(1, devices.bit_length()) if 2**power <= devices]
+    if counts and counts[-1] > devices:
+        raise ConfigError(f"--set bench.devices={counts[-1]}: allowed is at most the {devices} devices at hand")
+    return counts
+
+
+def _sequences(config: Config, phase: str, context: int) -> list[int]:
+    """Returns the sequences of a device; micro-batches that are not whole sequences are left out."""
+    if phase == "decode":
+        return list(config.bench.sequences_per_gpu)
+    return [tokens // context for tokens in config.bench.tokens_per_gpu if tokens % context == 0]
+
+
+def _side_by_side(config: Config, devices: int, counts: list[int], sequences: int) -> tuple[Contender, ...]:
+    del counts
+    experts = config.model.moe.num_experts
+    degrees = _degrees(config, experts, devices)
+    chosen = [degree for degree in degrees if degree == degrees[-1] or degree in config.bench.baselines]
+    return tuple(Contender(_layout(experts, degree, devices), sequences) for degree in reversed(chosen))
+
+
+def _strong(config: Config, devices: int, counts: list[int], sequences: int) -> tuple[Contender, ...]:
+    """The model and the global batch of the largest count, on each."""
+    experts, most = config.model.moe.num_experts, counts[-1] if counts else 1
+    return tuple(
+        Contender(_layout(experts, _degrees(config, experts, count)[-1], count), sequences * most // count)
+        for count in counts
+        if most % count == 0
+    )
+
+
+def _weak(config: Config, devices: int, counts: list[int], sequences: int) -> tuple[Contender, ...]:
+    """Experts in proportion to the devices: what a device holds and does stays."""
+    most, contenders = counts[-1] if counts else 1, []
+    for count in counts:
+        experts, rest = divmod(config.model.moe.num_experts * count, most)
+        degrees = _degrees(config, experts, count) if not rest else []
+        if degrees and _can_be(config, layout := _layout(experts, degrees[-1], count)):
+            contenders.append(Contender(layout, sequences))
+    return tuple(contenders)
+
+
+def _degrees(config: Config, experts: int, devices: int) -> list[int]:
+    """Returns the EP degrees that divide both, in increasing order."""
+    return [
+        degree
+        for degree in range(1, min(experts, devices) + 1)
+        if experts % degree == 0 and devices % degree == 0 and _fits_nodes(degree, config.cluster.gpus_per_node)
+    ]
+
+
+def _fits_nodes(degree: int, gpus_per_node: int) -> bool:
+    try:
+        check_node_split(degree, gpus_per_node)
+    except ConfigError:
+        return False
+    return True
+
+
+def _can_be(config: Config, layout: Layout) -> bool:
+    try:
+        check(config_of(config, layout))
+    except ConfigError:
+        return False
+    return True
+
+
+def _layout(experts: int, ep: int, devices: int) -> Layout:
+    return Layout("proposed" if ep == experts else "baseline", experts, ep, devices // ep)
+
+
+_STUDIES = {"layouts": _side_by_side, "strong": _strong, "weak": _weak}
