@@ -34,7 +34,7 @@ def load(path: str) -> Config:
         names = runpy.run_path(path)
     except OSError as error:
         raise ConfigError(f"--config={path}: allowed is a readable Python file ({error.strerror})") from error
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a user's file raises is the file's
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"--config={path}: allowed is a Python file that runs ({reason})") from error
     config = names.get("config")

@@ -114,8 +114,19 @@ def _write_json(result: dict, target: str, stdout) -> None:
 
 
 def _check_json_target(target: str | None) -> None:
-    if target and target != "-" and Path(target).is_dir():
-        raise ConfigError(f"--json={target}: allowed is a file's path or - for standard output, this is a directory")
+    """Refuses a file that cannot be written, before the work and not after it."""
+    if not target or target == "-":
+        return
+    path = Path(target)
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--json={target}: allowed is the path of a file that can be written, or - for standard "
+                          f"output ({error.strerror})") from None  # fmt: skip
+    if not existed:
+        path.unlink()
 
 
 def main(_: list[str]) -> None:

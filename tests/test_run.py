@@ -39,6 +39,8 @@ WRONG = [
     (["--set", "train.optimizer.beta2=1"], "less than 1"),
     (["--set", "balance.interval_ms=100", "--set", "balance.interval_steps=2"], "balance.interval_ms"),
     (["--json=/"], "--json=/"),
+    (["--json=/proc/nowhere/result.json"], "--json=/proc/nowhere/result.json"),
+    (["--json=README.md/result.json"], "--json=README.md/result.json"),
     (["--devices=3"], "mesh.expert=3"),
     (["--devices=8", "--set", "mesh.data=3", "--set", "mesh.expert=2"], "8 devices"),
     (["--devices=8", "--set", "train.batch_sequences=12"], "train.batch_sequences=12"),
