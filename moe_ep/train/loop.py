@@ -102,6 +102,8 @@ def _run_steps(
         # A step that compiled a program says nothing about how long a step takes.
         step_ms += [elapsed_ms] if attempts == 1 and step > first_step + 1 else []
         state = _set_interval(run, state, step, step_ms)
+        if step == train.steps and report.batch.choices.is_fully_addressable:
+            run.recorder.save_choices(np.asarray(report.batch.choices))
         if train.checkpoint_every and (step == train.steps or step % train.checkpoint_every == 0):
             run.recorder.save_load()
             checkpoints.save(step, state, {"data": dataset.get_state()})

@@ -14,7 +14,7 @@ class Recorder:
     """Writes each step's metrics where people and programs look for them.
 
     Args:
-      workdir: gets metrics.jsonl, TensorBoard events, expert_load.npz, training.png.
+      workdir: gets metrics.jsonl, TensorBoard events, expert_load.npz, routing_trace.npy, training.png.
       first_step: steps from here on are new; lines of an interrupted attempt at them are dropped.
       steps: of the whole run.
     """
@@ -45,6 +45,17 @@ class Recorder:
     def say(self, text: str) -> None:
         """Prints a line without tearing the progress bar."""
         self._bar.write(text, file=sys.stdout) if self._bar is not None else print(text, flush=True)
+
+    def save_choices(self, choices: np.ndarray) -> Path:
+        """Writes one step's choices as `simulate.routing=trace:FILE` reads them, [layers, tokens, choices of a token].
+
+        Args:
+          choices: int [micro-batches, layers, tokens, choices of a token].
+        """
+        layers, top_k = choices.shape[1], choices.shape[3]
+        path = self._workdir / "routing_trace.npy"
+        np.save(path, choices.swapaxes(0, 1).reshape(layers, -1, top_k).astype(np.int32))
+        return path
 
     def save_load(self) -> None:
         """Writes the load history, so that a resumed run draws all of it."""

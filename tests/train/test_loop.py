@@ -10,6 +10,7 @@ import pytest
 from tests.train.small import make_config, mesh_of
 
 from moe_ep.config import BalanceConfig, ConfigError
+from moe_ep.cost.routing import make_routing
 from moe_ep.train import loop
 from moe_ep.train.checkpoint import Checkpoints
 from moe_ep.train.loop import train
@@ -56,6 +57,7 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, monkeypatch):
     for one, other in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(one, other)
     check_files(broken, steps=4)
+    check_trace(config, broken)
 
 
 def _fail_at_second_call():
@@ -79,6 +81,17 @@ def check_files(workdir, steps):
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == steps
     with np.load(workdir / "expert_load.npz") as load:
         assert load["counts"].shape == (steps, 2, 16)
+
+
+def check_trace(config, workdir):
+    """The last step's choices are what the load counted, and a routing of the simulator."""
+    moe, train = config.model.moe, config.train
+    path = workdir / "routing_trace.npy"
+    assert np.load(path).shape == (config.model.moe_layers, train.batch_sequences * train.sequence, moe.top_k)
+    with np.load(workdir / "expert_load.npz") as load:
+        counted = load["counts"][-1]
+    shares = make_routing(f"trace:{path}", moe.num_experts, moe.top_k).shares
+    np.testing.assert_allclose(shares, counted / counted.sum(axis=1, keepdims=True))
 
 
 def test_another_models_directory_is_refused(tmp_path):
