@@ -206,7 +206,7 @@ class SimulateConfig:
     point: str = ""  # the id of a published measurement, or "all"
     published_values: str = ""  # a CSV with columns id and value that predictions are compared with
     schedule: str = ""  # a schedule that --mode=aot wrote: walk it instead
-    expert_row_share: float = 1.0  # of a schedule: expert rows that hold tokens, where kernels skip the others
+    expert_row_share: float | None = None  # of a schedule: expert rows that hold tokens; none: under even routing
     sweep: Literal[
         "none", "strong", "weak", "batch", "context", "skew", "nics", "memory", "break_even", "search"
     ] = "none"

@@ -15,6 +15,8 @@ FREE_OPCODES = frozenset({
     "partition-id", "replica-id", "add-dependency", "domain",
 })  # fmt: skip
 _SLICES = frozenset({"dynamic-slice", "slice"})
+# Written in place: where it was not possible the compiler has put a copy before. Their update's operand.
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
 _CUBLAS = "__cublas$"
 _CUDNN_ATTENTION = "__cudnn$fmha"
 # Products of an attention pass in units of the forward's two: the backward pass makes
@@ -174,8 +176,8 @@ def _bytes_read(module: Module, inner: Computation, parameter: Instruction) -> f
             read += _bytes_read(module, inner, user)
         elif user.opcode in _SLICES or (user.opcode == "gather" and user.operands[0] == parameter.name):
             read += user.bytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-            pass  # written in place
+        elif user.opcode in _IN_PLACE and user.operands[0] == parameter.name:
+            pass
         elif user.opcode == "fusion":
             nested = module.callee(user)
             index = user.operands.index(parameter.name)
@@ -191,8 +193,8 @@ def _bytes_written(module: Module, inner: Computation, root: Instruction) -> flo
         return sum(_bytes_written(module, inner, inner.by_name[name]) for name in root.operands)
     if root.opcode == "bitcast":
         return _bytes_written(module, inner, inner.by_name[root.operands[0]])
-    if root.opcode == "dynamic-update-slice":
-        return inner.by_name[root.operands[1]].bytes
+    if root.opcode in _IN_PLACE:
+        return inner.by_name[root.operands[_IN_PLACE[root.opcode]]].bytes
     if root.opcode == "fusion" and module.callee(root) is not None:
         return _bytes_written(module, module.callee(root), module.callee(root).root)
     return sum(shape.bytes for shape in root.shapes if shape.element != "s8")

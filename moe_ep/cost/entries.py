@@ -27,11 +27,26 @@ def works_of(entry: Entry, row_share: Number = 1.0) -> list[Work]:
         return [Work(op, "bf16", attention["flops"], entry["bytes"], (attention["context"], attention["head_dim"]))]
     dtype = "fp8" if entry.get("dtype", "").startswith("f8") else "bf16"
     known = entry.get("gemms") or _square_product(entry)
-    products = [gemm(rows * row_share, inner, columns, dtype, batch) for rows, columns, inner, batch in known]
-    # Rows shrink, weights do not.
-    weights = sum(2 * batch * inner * columns for _, columns, inner, batch in known)
-    rest = weights + (entry["bytes"] - weights) * row_share - sum(work.bytes for work in products)
+    if is_experts(entry) and len(known) == 1:
+        return [_expert_product(entry, known[0], row_share)]
+    products = [gemm(rows, inner, columns, dtype, batch) for rows, columns, inner, batch in known]
+    rest = entry["bytes"] - sum(work.bytes for work in products)
     return products + ([memory_pass(rest)] if rest > 0 else [])
+
+
+def is_experts(entry: Entry) -> bool:
+    """True of the experts' own products, whose kernels skip rows that hold no token."""
+    return "experts" in entry.get("scope", "").split("/")
+
+
+def _expert_product(entry: Entry, product: list[Number], row_share: Number) -> Work:
+    """A kernel over groups of rows: how many weight matrices it has is what its bytes exceed the rows' by."""
+    rows, columns, inner, _ = product
+    if entry["scope"].endswith("weight_gradient"):  # [inner, rows] x [inner, columns]: the long side is contracted
+        groups = max(round((entry["bytes"] / 2 - inner * (rows + columns)) / (rows * columns)), 1)
+        return gemm(inner * row_share / groups, rows, columns, "bf16", groups).of_weight_gradient()
+    groups = max(round((entry["bytes"] / 2 - rows * (inner + columns)) / (inner * columns)), 1)
+    return gemm(rows * row_share / groups, inner, columns, "bf16", groups)
 
 
 def _square_product(entry: Entry) -> list[list[Number]]:

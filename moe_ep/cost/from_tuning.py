@@ -2,81 +2,127 @@
 
     python -m moe_ep.cost.from_tuning results/tune_nvidia_h200.json results/kernels_nvidia_h200.json
 
-It takes the fastest time of every forward product, and the fastest of ours and XLA's
-cache reads; attention and memory passes come from the table of anchors, which says
-where they were measured.
+Products bound by compute come from the benchmark, whose contenders take turns on a
+warm card: that is the rate that a whole program sees, 5-9 % below what the tuner's
+short bursts reach before the card's power limit holds them back. Products bound by
+memory are the tuner's; cache reads and passes over memory the benchmark's, as XLA
+makes them; attention comes from the table of anchors, which says where it was measured.
 """
 
 import json
 import pathlib
+import re
 import sys
 import typing
 
-from moe_ep.cost.kernels import TABLES, gemm
+from moe_ep.cost.kernels import TABLES, Work, gemm, memory_pass
 
-_FORWARD_STEPS = ("hidden", "product")
 _ANCHORS = "h200_bf16"
 _OWN = "h200_moe_ep"
+_FORWARD_STEPS = ("hidden", "product")
+_WIDTH, _HIDDEN = 7168, 18432  # of the benchmark's products
+_GROUPED_ROWS = 8192  # all groups together
+_COPY_BYTES = 2.0 * 2 * 2**30
+# Up to so many rows of a group its weights' bytes, not power, set the time.
+_MEMORY_BOUND_ROWS = 512
+
+Json = dict[str, typing.Any]
 
 
-def table_of(
-    tuning: dict[str, typing.Any], anchors: dict[str, typing.Any], benchmark: dict[str, typing.Any] | None = None
-) -> dict[str, typing.Any]:
-    """Returns the table: tuned products, measured cache reads, and of the anchors the rest.
+def table_of(tuning: Json, anchors: Json, benchmark: Json) -> Json:
+    """Returns the table of the project's kernels.
 
     Args:
-      tuning: `device`, `date`, `commit`, `versions`, and `entries` of a problem (step,
-        groups, rows, depth, columns, inputs) and medians in milliseconds by name.
+      tuning: `entries` of a problem (step, groups, rows, depth, columns, inputs) and medians in milliseconds by name.
       anchors: a kernel table of the same GPU.
-      benchmark: `rows` of a name, FLOPs, bytes and contenders' seconds; its cache reads replace the anchors'.
+      benchmark: `device`, `date`, `commit`, `versions`, `copy_bytes_per_s`, and `rows` of a name, FLOPs, bytes and
+        contenders' seconds.
     """
-    products = [_row(entry) for entry in tuning["entries"] if entry["problem"]["step"] in _FORWARD_STEPS]
-    reads = [_cache_read(row) for row in (benchmark or {"rows": []})["rows"] if row["row"] in _CACHE_READS]
-    replaced = {"gemm", "grouped_gemm"} | ({"mla_decode"} if reads else set())
-    others = [row for row in anchors["rows"] if row["op"] not in replaced]
+    tuned = [_tuned(entry) for entry in tuning["entries"] if _is_memory_bound(entry["problem"])]
+    measured = [row for entry in benchmark["rows"] for row in _measured(entry)]
+    copy_s = _COPY_BYTES / benchmark["copy_bytes_per_s"]["xla"]
+    rows = tuned + measured + [_row(memory_pass(_COPY_BYTES), copy_s, "copy: xla")]
+    replaced = {row["op"] for row in rows}
     return {
         **{name: anchors[name] for name in ("format", "gpu", "launch_s")},
         "name": _OWN,
-        "device": tuning["device"],
-        "date": tuning["date"][:10],
-        "commit": tuning["commit"],
-        "versions": ", ".join(f"{name} {version}" for name, version in tuning["versions"].items()),
-        "source": "products: this project's kernels on one H200; the rest: " + anchors["source"],
-        "rows": products + reads + others,
+        "device": benchmark["device"],
+        "date": benchmark["date"][:10],
+        "commit": benchmark["commit"],
+        "versions": ", ".join(f"{name} {version}" for name, version in benchmark["versions"].items()),
+        "source": "this project's kernels and XLA on one H200, warm; attention: cuDNN figures of arXiv:2407.08608 on H100",
+        "rows": rows + [row for row in anchors["rows"] if row["op"] not in replaced],
     }
 
 
-def _row(entry: dict[str, typing.Any]) -> dict[str, typing.Any]:
+def _row(work: Work, seconds: float, note: str) -> Json:
+    return {"op": work.op, "dtype": work.dtype, "shape": list(work.shape), "flops": work.flops, "bytes": work.bytes,
+            "seconds": seconds, "note": note}  # fmt: skip
+
+
+def _is_memory_bound(problem: Json) -> bool:
+    return problem["step"] in _FORWARD_STEPS and problem["rows"] <= _MEMORY_BOUND_ROWS
+
+
+def _tuned(entry: Json) -> Json:
     problem, times = entry["problem"], entry["milliseconds"]
     groups, fastest = problem["groups"], min(times, key=times.get)
     columns = problem["columns"] * problem["inputs"]
-    work = gemm(_rows_with_tokens(problem) / groups, problem["depth"], columns, "bf16", groups)
-    return {
-        "op": work.op, "dtype": "bf16", "shape": list(work.shape), "flops": work.flops, "bytes": work.bytes,
-        "seconds": times[fastest] * 1e-3, "note": f"{problem['step']}: {fastest}",
-    }  # fmt: skip
+    work = gemm(problem["rows"] / groups, problem["depth"], columns, "bf16", groups)
+    return _row(work, times[fastest] * 1e-3, f"{problem['step']}: {fastest}")
 
 
-# Name of a benchmark's row -> sequences, cached tokens, heads.
-_CACHE_READS = {"mla_decode 512+64": (64, 4096, 128)}
+def _measured(entry: Json) -> list[Json]:
+    """The faster of ours and XLA's, as the program would choose; rows of other names are not of the table."""
+    known = ("ours", "xla")
+    times = {name: value["seconds"] for name, value in entry["contenders"].items() if name in known}
+    pattern = next((pattern for pattern in _WORKS if re.fullmatch(pattern, entry["row"])), None)
+    if pattern is None:
+        return []
+    fastest = min(times, key=times.get)
+    works = _WORKS[pattern](entry, *(int(size) for size in re.fullmatch(pattern, entry["row"]).groups()))
+    return [_row(work, times[fastest] / len(works), f"{entry['row']}: {fastest}") for work in works]
 
 
-def _cache_read(row: dict[str, typing.Any]) -> dict[str, typing.Any]:
-    seconds = {name: row["contenders"][name]["seconds"] for name in ("ours", "xla")}
-    fastest = min(seconds, key=seconds.get)
-    return {
-        "op": "mla_decode", "dtype": "bf16", "shape": list(_CACHE_READS[row["row"]]), "flops": row["flops"],
-        "bytes": row["bytes"], "seconds": seconds[fastest], "note": f"{row['row']}: {fastest}",
-    }  # fmt: skip
+def _one_product(entry: Json, rows: int) -> list[Work]:
+    return [gemm(rows, _WIDTH, _HIDDEN, "bf16")]
 
 
-def _rows_with_tokens(problem: dict[str, typing.Any]) -> int:
-    """Groups of up to 64 rows are timed full; larger ones are unequal, with a tile to spare for each but one."""
-    rows, groups = problem["rows"], problem["groups"]
-    return rows if rows <= 64 * groups else rows - 128 * (groups - 1)
+def _two_products(entry: Json, rows: int) -> list[Work]:
+    return [gemm(rows, _WIDTH, _HIDDEN, "bf16"), gemm(rows, _HIDDEN, _WIDTH, "bf16")]
 
 
-def as_text(table: dict[str, typing.Any]) -> str:
+def _grouped(entry: Json, groups: int) -> list[Work]:
+    return [gemm(_GROUPED_ROWS / groups, _WIDTH, _HIDDEN, "bf16", groups)]
+
+
+def _weight_gradient(entry: Json, groups: int) -> list[Work]:
+    return [gemm(_GROUPED_ROWS / groups, _WIDTH, _HIDDEN, "bf16", groups).of_weight_gradient()]
+
+
+def _cache_read(entry: Json, latent: int, rope: int) -> list[Work]:
+    """64 sequences of 4096 cached tokens, 128 heads."""
+    return [Work("mla_decode", "bf16", entry["flops"], entry["bytes"], (64, 4096, 128, latent + rope))]
+
+
+def _pass(entry: Json) -> list[Work]:
+    return [memory_pass(entry["bytes"])]
+
+
+# Name of a benchmark's row -> the calls that its time is shared among.
+_WORKS: dict[str, typing.Callable[..., list[Work]]] = {
+    r"gemm1_gelu M=(\d+)": _one_product,
+    r"mlp_forward M=(\d+)": _two_products,
+    r"mlp_decode M=(\d+)": _two_products,
+    r"grouped_gelu G=(\d+)": _grouped,
+    r"grouped_wgrad G=(\d+)": _weight_gradient,
+    r"mla_decode (\d+)\+(\d+)": _cache_read,
+    r"gather": _pass,
+    r"combine": _pass,
+}
+
+
+def as_text(table: Json) -> str:
     """Returns the table as JSON, a line a row."""
     head = json.dumps({name: value for name, value in table.items() if name != "rows"}, indent=1)
     rows = ",\n".join("  " + json.dumps(row) for row in table["rows"])

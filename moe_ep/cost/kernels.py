@@ -20,6 +20,8 @@ from moe_ep.hardware import GPUS, Gpu
 TABLES = pathlib.Path(__file__).parent / "tables"
 _NEIGHBOURS = 4
 _BYTES = {"fp8": 1, "bf16": 2, "float32": 4}
+# Where a table has no rows of an operation: the one that it is closest to.
+_LIKE = {"grouped_weight_gradient": "grouped_gemm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +29,19 @@ class Work:
     """One kernel call on one GPU: what it does and what it touches.
 
     `shape` is what neighbours in a table are found by: (rows per group, K, N, groups)
-    for products, (sequences, context, heads) for attention, (bytes,) for memory-bound work.
+    for products, (context, head size) for attention, (sequences, context, heads, cached
+    values a token) for decode's, (bytes,) for memory-bound work.
     """
 
-    op: str  # gemm, grouped_gemm, attention, attention_backward, mla_decode, memory
+    op: str  # gemm, grouped_gemm, grouped_weight_gradient, attention, attention_backward, mla_decode, memory
     dtype: str
     flops: Number
     bytes: Number
     shape: tuple[Number, ...]
+
+    def of_weight_gradient(self) -> "Work":
+        """Returns a product's weight gradient: as many FLOPs and bytes, its own kernel where it is grouped."""
+        return dataclasses.replace(self, op="grouped_weight_gradient") if self.op == "grouped_gemm" else self
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,6 +121,7 @@ class AssumedKernels:
     mfu: Number
     memory_efficiency: Number
     compute_share: Number = 1.0
+    launch_s = 0.0
 
     @property
     def name(self) -> str:
@@ -129,6 +137,8 @@ class AssumedKernels:
 def _utilisation(rows: tuple, op: str, dtype: str, shape: tuple[Number, ...]) -> tuple[Number, bool]:
     """Returns the inverse-square-distance mean of the nearest rows' utilisations, in log2 of the shape."""
     same = [row for row in rows if row.op == op and row.dtype == dtype]
+    if not same and op in _LIKE:
+        return _utilisation(rows, _LIKE[op], dtype, shape)
     if not same:
         raise KeyError(f"the kernel table has no row of op {op} in {dtype}")
     place = _logs(shape)

@@ -19,7 +19,8 @@ class MemoryPlan:
       attention_share: the share of attention's weights on this GPU (1: replicated).
       tokens: tokens in flight on this GPU at once (all micro-batches of a step).
       cached_tokens: tokens whose keys and values stay on this GPU.
-      buffer_rows: rows of all (source, destination) buffers in flight, one direction.
+      copied_cache: the MoE layers' cache is copied during a step (two staggered micro-batches).
+      buffer_rows: rows of all (source, destination) buffers in flight, one direction; 0 where nothing is sent.
       expert_rows: rows of the compact buffer that the experts read at once.
       saved_layers: layers of all micro-batches in flight whose activations a training
         step keeps for its backward pass.
@@ -38,6 +39,7 @@ class MemoryPlan:
     buffer_rows: Number
     expert_rows: Number
     saved_layers: Number = 0.0
+    copied_cache: bool = False
     remat: str = "keep_dispatch"
 
 
@@ -59,7 +61,7 @@ def parameters_per_gpu(plan: MemoryPlan) -> dict[str, Number]:
 
 
 def bytes_per_gpu(plan: MemoryPlan) -> dict[str, Number]:
-    """Returns bytes of one GPU by part: weights, gradients, optimizer, kv_cache, activations, buffers."""
+    """Returns bytes of one GPU by part: weights, gradients, optimizer, kv_cache, cache_copy, activations, buffers."""
     parameters = parameters_per_gpu(plan)
     count = sum(parameters.values())
     small = parameters["router"] + parameters["norm"]  # kept in float32
@@ -70,18 +72,51 @@ def bytes_per_gpu(plan: MemoryPlan) -> dict[str, Number]:
         parts["optimizer"] = count * _ADAM_BYTES
     attention, layers = plan.model.attention, plan.layer_share * plan.model.layers
     parts["kv_cache"] = plan.cached_tokens * layers * attention.cache_dim * plan.cache_bytes
-    parts["activations"] = _activations(plan)
+    parts["cache_copy"] = copied_cache_bytes(plan)
     parts["buffers"] = _buffers(plan)
+    parts["activations"] = _activations(plan, parts["buffers"])
     return parts
 
 
-def _activations(plan: MemoryPlan) -> Number:
-    """The residual stream, one attention block's inputs, the logits of training, and what it saves of each layer."""
-    model, attention = plan.model, plan.model.attention
+def copied_cache_bytes(plan: MemoryPlan) -> Number:
+    """Returns the bytes of the cache's copy, 0 where it is written in place."""
+    if not plan.copied_cache:
+        return 0.0
+    layers = plan.layer_share * plan.model.moe_layers
+    return plan.cached_tokens * layers * plan.model.attention.cache_dim * plan.cache_bytes
+
+
+def _activations(plan: MemoryPlan, buffers: Number) -> Number:
+    """The residual stream, one attention block's inputs, the logits of training, and what it saves of each layer.
+
+    A forward pass alone needs attention's memory and the exchange's in turn, so the larger of both.
+    """
+    if not plan.training:
+        return max(_block(plan) - buffers, plan.tokens * plan.model.width * 2)
+    return _block(plan) + plan.tokens * plan.model.vocabulary * 4 + saved_bytes(plan) + _kept_casts(plan)
+
+
+def _kept_casts(plan: MemoryPlan) -> Number:
+    """Matrices as they were cast for the forward pass, which the backward pass needs again."""
+    return 2 * scanned_parameters(plan) if plan.remat == "none" else 0.0
+
+
+def scanned_parameters(plan: MemoryPlan) -> Number:
+    """Returns the parameters of one GPU that stand in layers, not in embedding or head."""
+    parameters = parameters_per_gpu(plan)
+    return sum(parameters.values()) - parameters["embedding"]
+
+
+def saved_bytes(plan: MemoryPlan) -> Number:
+    """Returns the bytes of activations that a training step keeps for its backward pass."""
+    return plan.saved_layers * _SAVED[plan.remat](plan, _block(plan))
+
+
+def _block(plan: MemoryPlan) -> Number:
+    """What attention reads and makes: stream, norm, queries, keys, values, output."""
+    attention = plan.model.attention
     heads = attention.heads * (2 * attention.query_dim + 2 * attention.value_dim)
-    block = plan.tokens * 2 * (4 * model.width + heads + attention.cache_dim)
-    logits = plan.tokens * model.vocabulary * 4 if plan.training else 0.0
-    return block + logits + plan.saved_layers * _SAVED[plan.remat](plan, block)
+    return plan.tokens * 2 * (4 * plan.model.width + heads + attention.cache_dim)
 
 
 def _saved_residual(plan: MemoryPlan, block: Number) -> Number:

@@ -23,30 +23,33 @@ BF16 = Precision()
 FP8 = Precision("fp8", 1, 2, 1 + 4 / 128, 2.0)
 
 
-def attention_prefill(model: ModelConfig, tokens: Number, context: Number, precision: Precision, tp: int) -> list[Work]:
-    """Returns the forward calls of one layer's attention over whole sequences of `context` tokens, causal."""
+def attention_prefill(
+    model: ModelConfig, tokens: Number, context: Number, precision: Precision, tp: int, value_dim: int | None = None
+) -> list[Work]:
+    """Returns the forward calls of one layer's attention over whole sequences of `context` tokens, causal.
+
+    Args:
+      value_dim: of a head as the fused attention computes it, where that pads values.
+    """
     attention, width = model.attention, model.width
     heads = attention.heads / tp
     calls = _query(attention, width, tokens, heads, precision)
     calls.append(gemm(tokens, width, attention.cache_dim, precision.gemm))
     up = heads * (attention.nope_dim + attention.value_dim)
     calls.append(gemm(tokens, attention.latent_dim, up, precision.gemm))
-    calls.append(attention_core(model, tokens, context, tp))
+    calls.append(attention_core(model, tokens, context, tp, value_dim or attention.value_dim))
     calls.append(gemm(tokens, heads * attention.value_dim, width, precision.gemm))
     # Queries and keys are put together with their rotary parts; norm, residual and quantised inputs.
     assembled = tokens * heads * attention.query_dim * 2 * 2 * 2
     return calls + [memory_pass(assembled), block_pass(model, tokens)]
 
 
-def attention_core(model: ModelConfig, tokens: Number, context: Number, tp: int, backward: bool = False) -> Work:
-    """Returns the scores and values of causal attention; backward is 2.5 times the forward's FLOPs."""
+def attention_core(model: ModelConfig, tokens: Number, context: Number, tp: int, value_dim: int) -> Work:
+    """Returns the scores and values of causal attention."""
     attention = model.attention
-    head = attention.query_dim + attention.value_dim
-    heads = attention.heads / tp
-    flops = 2 * tokens * heads * head * context / 2 * (2.5 if backward else 1)
-    touched = 2 * tokens * heads * (2 * head) * (2 if backward else 1)
-    op = "attention_backward" if backward else "attention"
-    return Work(op, "bf16", flops, touched, (context, head / 2))
+    head, heads = attention.query_dim + value_dim, attention.heads / tp
+    flops = 2 * tokens * heads * head * context / 2
+    return Work("attention", "bf16", flops, 2 * tokens * heads * (2 * head), (context, head / 2))
 
 
 def attention_decode(
@@ -85,7 +88,7 @@ def _decode_core(
 ) -> Work:
     flops = 2 * sequences * context * heads * (attention.cache_dim + attention.latent_dim)
     touched = sequences * context * attention.cache_dim * precision.cache_bytes
-    return Work("mla_decode", "bf16", flops, touched, (sequences, context, heads))
+    return Work("mla_decode", "bf16", flops, touched, (sequences, context, heads, attention.cache_dim))
 
 
 def block_pass(model: ModelConfig, tokens: Number) -> Work:
@@ -145,7 +148,7 @@ def backward(calls: list[Work]) -> list[Work]:
     result = []
     for call in calls:
         if call.op in ("gemm", "grouped_gemm"):
-            result += [call, call]
+            result += [call, call.of_weight_gradient()]
         elif call.op == "attention":
             raised = dataclasses.replace(call, op="attention_backward", flops=2.5 * call.flops, bytes=2 * call.bytes)
             result.append(raised)

@@ -8,7 +8,7 @@ from moe_ep.cost.memory import total
 from moe_ep.cost.network import NCCL, Fabric
 from moe_ep.cost.routing import make_routing
 from moe_ep.cost.units import Number
-from moe_ep.simulate.predict import memory_of
+from moe_ep.simulate.memory import memory_of
 from moe_ep.simulate.scenario import DoesNotFit, Layout, Scenario, Stack, Workload, check, own_stack
 
 # What the reference experiment assumes of its cluster.

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from moe_ep.config import attention_parameters
-from moe_ep.cost import network, work
+from moe_ep.cost import network, program, work
 from moe_ep.cost.kernels import Work
 from moe_ep.cost.network import Traffic
 from moe_ep.cost.routing import Routing, buffer_rows, nodes_reached, rows_between, with_busiest
@@ -163,14 +163,28 @@ def seconds_of(scenario: Scenario, calls: list[Work], overlapped: bool) -> Numbe
 
 def attention_seconds(scenario: Scenario, tokens: Number, backward: bool, overlapped: bool) -> Number:
     """Returns attention, router and shared experts of one layer; backward with what is computed again."""
+    model, stack = scenario.model, scenario.stack
+    calls = _attention_calls(scenario, tokens) + work.router(model, tokens) + [work.block_pass(model, tokens)]
+    calls += work.shared_experts(model, tokens, stack.precision)
+    launches = program.SMALL_KERNELS * stack.kernels.launch_s if stack.is_compiled else 0.0
+    return with_backward(scenario, calls, backward, overlapped) + launches * (_passes(scenario) if backward else 1)
+
+
+def _attention_calls(scenario: Scenario, tokens: Number) -> list[Work]:
     model, workload, precision, tp = scenario.model, scenario.workload, scenario.stack.precision, scenario.layout.tp
+    compiled = scenario.stack.is_compiled
     if workload.phase == "decode":
         calls = work.attention_decode(model, tokens * tp, workload.verified, workload.context, precision, tp)
-    else:
-        calls = work.attention_prefill(model, tokens * tp, workload.context, precision, tp)
-    calls = calls + work.router(model, tokens) + [work.block_pass(model, tokens)]
-    calls += work.shared_experts(model, tokens, precision)
-    return with_backward(scenario, calls, backward, overlapped)
+        sequences = tokens * tp / workload.verified
+        return calls + (program.decode_passes(model, sequences, workload.context, tp) if compiled else [])
+    values = program.head_width(model) if compiled else None
+    calls = work.attention_prefill(model, tokens * tp, workload.context, precision, tp, values)
+    return calls + (program.prefill_passes(model, tokens * tp, tp) if compiled else [])
+
+
+def _passes(scenario: Scenario) -> int:
+    """How often the backward direction runs through a layer: once, and once more where it computes it again."""
+    return 1 if scenario.remat == "none" else 2
 
 
 def expert_seconds(scenario: Scenario, rows: np.ndarray, backward: bool, overlapped: bool) -> np.ndarray:

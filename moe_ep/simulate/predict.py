@@ -4,11 +4,11 @@ import dataclasses
 import math
 
 from moe_ep.cost.kernels import peak_flops
-from moe_ep.cost.memory import MemoryPlan, bytes_per_gpu, total
-from moe_ep.cost.routing import buffer_rows
+from moe_ep.cost.memory import total
 from moe_ep.cost.units import Number
 from moe_ep.metrics import phase_flops_per_token
 from moe_ep.simulate.layer import layer_load
+from moe_ep.simulate.memory import memory_of
 from moe_ep.simulate.scenario import DoesNotFit, Scenario, check
 from moe_ep.simulate.step import StageWork, compute_seconds, network_seconds, stage_work, step_seconds
 
@@ -135,40 +135,3 @@ def _bottleneck(scenario: Scenario, compute_s: Number, network_s: Number, expose
     if scenario.workload.phase == "decode":
         return "memory bandwidth: reading weights and cache; a larger batch or wider EP would lift it"
     return "compute: faster kernels would lift it"
-
-
-def memory_of(scenario: Scenario) -> dict[str, Number]:
-    """Returns bytes of one GPU by part."""
-    layout, workload, model = scenario.layout, scenario.workload, scenario.model
-    precision, training = scenario.stack.precision, workload.phase == "train"
-    chunks = layout.chunks if layout.overlap == "chunks" else 1
-    batches = 2 if layout.overlap == "staggered" else 1
-    part = workload.tokens / batches / chunks
-    rows = part * model.moe.top_k
-    if layout.transport == "all_to_all":
-        buffered = buffer_rows(part, model.moe.top_k, layout.ep, layout.margin_sigmas) * layout.ep
-    elif layout.transport == "all_gather":
-        buffered = part * layout.ep
-    else:
-        buffered = rows * 1.25
-    node = min(scenario.fabric.gpus_per_node, layout.ep)
-    attention_share = 1 / node if layout.split_attention_weights else 1 / layout.tp
-    in_flight = min(layout.pp, workload.micro_batches) if training else 1
-    cached = workload.sequences_per_gpu * layout.pp * workload.context if workload.phase == "decode" else 0.0
-    return bytes_per_gpu(
-        MemoryPlan(
-            model=model,
-            training=training,
-            weight_bytes=precision.weight_bytes,
-            cache_bytes=precision.cache_bytes,
-            layer_share=1 / layout.pp,
-            slots=scenario.slots,
-            attention_share=attention_share,
-            tokens=workload.tokens,
-            cached_tokens=cached if not training else 0.0,
-            buffer_rows=buffered * batches,
-            expert_rows=buffered,
-            saved_layers=model.layers / layout.pp * in_flight if training else 0.0,
-            remat=scenario.remat,
-        )
-    )

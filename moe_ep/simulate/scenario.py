@@ -33,6 +33,7 @@ class Stack:
         system; 1 where nothing was fitted.
       expert_launch_s: added to each call of the experts (dispatch of three kernels).
       overlap_compute_share: SMs left to compute while communication kernels run.
+      is_compiled: this project's programs, with the passes that moe_ep/cost/program.py counts.
     """
 
     name: str
@@ -42,12 +43,13 @@ class Stack:
     step_factor: Number = 1.0
     expert_launch_s: Number = 0.0
     overlap_compute_share: Number = 1.0
+    is_compiled: bool = False
 
 
 @functools.lru_cache(maxsize=None)
 def own_stack() -> Stack:
     """Returns this project's programs: BF16, its kernels as measured on one H200, NCCL's collectives."""
-    return Stack("moe_ep", load_table("h200_moe_ep"), network.NCCL)
+    return Stack("moe_ep", load_table("h200_moe_ep"), network.NCCL, is_compiled=True)
 
 
 @dataclasses.dataclass(frozen=True)

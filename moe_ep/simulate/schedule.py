@@ -28,7 +28,7 @@ import json
 import typing
 
 from moe_ep.config import ConfigError
-from moe_ep.cost.entries import collective_seconds, works_of
+from moe_ep.cost.entries import collective_seconds, is_experts, works_of
 from moe_ep.cost.kernels import AssumedKernels, KernelTable
 from moe_ep.cost.network import Fabric, NetworkParameters
 from moe_ep.cost.units import Number
@@ -147,4 +147,4 @@ def _wait(state: Walk, end: Number, scope: str) -> None:
 
 
 def _row_share(schedule: dict[str, typing.Any], instruction: dict) -> Number:
-    return schedule["expert_row_share"] if instruction.get("scope", "").split("/")[-1] == "experts" else 1.0
+    return schedule["expert_row_share"] if is_experts(instruction) else 1.0

@@ -3,10 +3,12 @@
 import dataclasses
 
 from moe_ep.config import parameters_by_part
-from moe_ep.cost import network, work
+from moe_ep.cost import network, program, work
 from moe_ep.cost.kernels import memory_pass
+from moe_ep.cost.memory import copied_cache_bytes, parameters_per_gpu, saved_bytes, scanned_parameters
 from moe_ep.cost.units import Number
 from moe_ep.simulate.layer import Block, attention_seconds, make_block, with_backward
+from moe_ep.simulate.memory import plan_of
 from moe_ep.simulate.scenario import Scenario
 
 
@@ -17,7 +19,7 @@ class StageWork:
     Attributes:
       forward, backward: blocks of the stage's MoE layers. With chunks a block's dispatch,
         experts and combine are of one chunk; with two batches a block is of one of them.
-      dense_s, dense_backward_s: dense layers and the output head.
+      dense_s, dense_backward_s: dense layers, the output head, and passes that belong to no layer.
       update_s: optimizer and the sum of gradients over replicas, once a step.
       send_s: activations to the next stage.
       batches: micro-batches that march together (staggered: 2).
@@ -55,8 +57,8 @@ def stage_work(scenario: Scenario) -> StageWork:
     return StageWork(
         forward=blocks(backward=False),
         backward=blocks(backward=True) if training else [],
-        dense_s=batches * _dense_seconds(scenario, tokens, False),
-        dense_backward_s=batches * _dense_seconds(scenario, tokens, True) if training else 0.0,
+        dense_s=batches * _dense_seconds(scenario, tokens, False) + _cache_copy_seconds(scenario),
+        dense_backward_s=batches * _dense_seconds(scenario, tokens, True) + _kept_seconds(scenario) if training else 0.0,
         update_s=_update_seconds(scenario) if training else 0.0,
         send_s=_send_seconds(scenario),
         batches=batches,
@@ -75,10 +77,33 @@ def _dense_seconds(scenario: Scenario, tokens: Number, backward: bool) -> Number
     if scenario.layout.pp > 1:
         return 0.0
     calls = work.dense_layer(model, tokens, scenario.stack.precision, 1)
+    calls += program.dense_passes(model, tokens) if scenario.stack.is_compiled else []
     dense = with_backward(scenario, calls, backward, False) + attention_seconds(scenario, tokens, backward, False)
     logits = tokens / workload.context if workload.phase == "prefill" else tokens
     head = with_backward(scenario, work.output_head(model, logits, 1), backward, False)
     return model.dense_layers * dense + head
+
+
+def _cache_copy_seconds(scenario: Scenario) -> Number:
+    return _pass_time(scenario, 2 * copied_cache_bytes(plan_of(scenario)))
+
+
+def _kept_seconds(scenario: Scenario) -> Number:
+    """What a compiled training pass moves beside its products: casts, stacked gradients, kept activations, the loss."""
+    if not scenario.stack.is_compiled:
+        return 0.0
+    plan = plan_of(scenario)
+    scanned, others = scanned_parameters(plan), parameters_per_gpu(plan)["embedding"]
+    accumulated = scenario.workload.micro_batches > 1
+    moved = program.pass_bytes(scanned, others, scenario.remat != "none", accumulated)
+    one_batch = dataclasses.replace(plan, saved_layers=plan.model.layers / scenario.layout.pp)
+    moved += program.kept_bytes(saved_bytes(one_batch))
+    logits = program.loss_bytes(plan.model, plan.tokens) if scenario.layout.pp == 1 else 0.0
+    return _pass_time(scenario, moved + logits)
+
+
+def _pass_time(scenario: Scenario, touched: Number) -> Number:
+    return scenario.stack.kernels.seconds(memory_pass(touched), scenario.fabric.gpu) if touched else 0.0
 
 
 def _update_seconds(scenario: Scenario) -> Number:
@@ -89,10 +114,7 @@ def _update_seconds(scenario: Scenario) -> Number:
     rest = (sum(parts.values()) - parts["experts"]) / layout.pp
     seconds = network.all_reduce_seconds(experts * 4, layout.expert_replicas, fabric, parameters, layout.ep)
     seconds += network.all_reduce_seconds(rest * 4, layout.stage_gpus, fabric, parameters)
-    # In float32 Adam reads parameter, gradient and two moments and writes all but the gradient,
-    # the gradients' norm reads them once, and the computation's copy is read in 4 and written in 2 bytes.
-    touched = (experts + rest) * (4 * 7 + 4 + 6)
-    return seconds + scenario.stack.kernels.seconds(memory_pass(touched), fabric.gpu)
+    return seconds + _pass_time(scenario, program.update_bytes(experts + rest))
 
 
 def _send_seconds(scenario: Scenario) -> Number:

@@ -12,7 +12,8 @@ from moe_ep.cost.network import Fabric
 from moe_ep.cost.routing import make_routing
 from moe_ep.cost.units import Number
 from moe_ep.simulate.from_config import scenario_of, with_batch
-from moe_ep.simulate.predict import memory_of, predict
+from moe_ep.simulate.memory import memory_of
+from moe_ep.simulate.predict import predict
 from moe_ep.simulate.scenario import DoesNotFit, Scenario, check
 
 Row = dict[str, typing.Any]

@@ -8,10 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_ep.config import ModelConfig, MoEConfig
 from moe_ep.cost.from_tuning import as_text, table_of
 from moe_ep.cost.kernels import TABLES, AssumedKernels, gemm, load_table, memory_pass, roofline_seconds
-from moe_ep.cost.work import BF16, experts, router
 from moe_ep.hardware import GPUS
 
 TABLE = load_table("h200_bf16")
@@ -66,35 +64,60 @@ def test_a_missing_operation_is_named():
         table.seconds(memory_pass(1e6), GPUS["h200"])
 
 
-def test_tuned_products_become_rows_and_the_rest_stays():
-    tuning = {
-        "device": "NVIDIA H200", "date": "2026-11-24T00:00:00", "commit": "abc", "versions": {"jax": "0"},
-        "entries": [
-            {"problem": {"step": "hidden", "groups": 8, "rows": 9088, "depth": 7168, "columns": 18432, "inputs": 1},
-             "milliseconds": {"dense": 9.0, "ours": 3.0}},
-            {"problem": {"step": "weight_gradient", "groups": 1, "rows": 64, "depth": 8, "columns": 8, "inputs": 1},
-             "milliseconds": {"dense": 1.0}},
-        ],
-    }  # fmt: skip
-    anchors = json.loads((TABLES / "h200_bf16.json").read_text())
-    table = table_of(tuning, anchors)
-    (product, *others) = table["rows"]
-    assert product["shape"] == [1024, 7168, 18432, 8] and product["seconds"] == pytest.approx(3e-3)
-    assert {row["op"] for row in others} == {"attention", "attention_backward", "mla_decode", "memory"}
+def problem(step: str, groups: int, rows: int) -> dict:
+    return {"step": step, "groups": groups, "rows": rows, "depth": 7168, "columns": 18432, "inputs": 1}
+
+
+def contenders(**milliseconds: float) -> dict:
+    return {name: {"seconds": 1e-3 * value} for name, value in milliseconds.items()}
+
+
+TUNING = {
+    "entries": [
+        {"problem": problem("hidden", 8, 512), "milliseconds": {"dense": 9.0, "tiles": 0.5}},
+        {"problem": problem("hidden", 8, 9088), "milliseconds": {"tiles": 3.0}},
+        {"problem": problem("weight_gradient", 1, 64), "milliseconds": {"dense": 1.0}},
+    ],
+}  # fmt: skip
+BENCHMARK = {
+    "device": "NVIDIA H200", "date": "2026-11-24T00:00:00", "commit": "abc", "versions": {"jax": "0"},
+    "copy_bytes_per_s": {"xla": 3e12, "torch": 4e12},
+    "rows": [
+        {"row": "grouped_gelu G=8", "flops": 1.0, "bytes": 0.0, "contenders": contenders(ours=3.4, loop_of_mm=3.3)},
+        {"row": "grouped_wgrad G=8", "flops": 1.0, "bytes": 0.0, "contenders": contenders(ours=3.5)},
+        {"row": "mlp_forward M=4096", "flops": 1.0, "bytes": 0.0, "contenders": contenders(ours=3.2, xla=3.1)},
+        {"row": "mla_decode 512+64", "flops": 1e9, "bytes": 1e8, "contenders": contenders(ours=0.1, xla=0.2, torch=0.05)},
+        {"row": "half_valid_buffer", "flops": 1.0, "bytes": 0.0, "contenders": contenders(ours=1.0)},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def own_rows() -> dict[tuple, dict]:
+    table = table_of(TUNING, json.loads((TABLES / "h200_bf16.json").read_text()), BENCHMARK)
     assert json.loads(as_text(table)) == table
+    assert table["device"] == "NVIDIA H200" and table["date"] == "2026-11-24"
+    return {(row["op"], *row["shape"]): row for row in table["rows"]}
 
 
-def test_the_cache_read_of_the_benchmark_replaces_the_anchor():
-    tuning = {"device": "NVIDIA H200", "date": "2026-11-24", "commit": "abc", "versions": {}, "entries": []}
-    times = {"ours": {"seconds": 1e-4}, "xla": {"seconds": 2e-4}, "torch": {"seconds": 5e-5}}
-    benchmark = {"rows": [{"row": "mla_decode 512+64", "flops": 1e9, "bytes": 1e8, "contenders": times}]}
-    table = table_of(tuning, json.loads((TABLES / "h200_bf16.json").read_text()), benchmark)
-    (read,) = [row for row in table["rows"] if row["op"] == "mla_decode"]
-    assert read["seconds"] == 1e-4 and read["note"].endswith("ours")
+def test_products_bound_by_compute_are_the_warm_benchmarks_and_others_the_tuners(own_rows):
+    assert own_rows["grouped_gemm", 64, 7168, 18432, 8]["seconds"] == pytest.approx(0.5e-3)
+    assert own_rows["grouped_gemm", 1024, 7168, 18432, 8]["seconds"] == pytest.approx(3.4e-3)
+    assert own_rows["grouped_weight_gradient", 1024, 7168, 18432, 8]["seconds"] == pytest.approx(3.5e-3)
 
 
-def test_the_forward_pass_of_one_layer_on_one_h200_as_measured():
-    """13.7 ms: 8192 tokens, 8 experts of 7168 x 18432, top-2 (results/moe_layer_nvidia_h200.json, 2026-11-24)."""
-    model, table = ModelConfig(moe=MoEConfig(num_experts=8, top_k=2)), load_table("h200_moe_ep")
-    calls = experts(model, 2 * 8192, 8, BF16) + router(model, 8192)
-    assert sum(table.seconds(call, GPUS["h200"]) for call in calls) == pytest.approx(13.69e-3, rel=0.10)
+def test_a_row_of_two_products_is_shared_and_the_faster_of_ours_and_xla_counts(own_rows):
+    for shape in ((7168, 18432), (18432, 7168)):
+        assert own_rows["gemm", 4096, *shape, 1]["seconds"] == pytest.approx(1.55e-3)
+    assert own_rows["mla_decode", 64, 4096, 128, 576]["seconds"] == pytest.approx(0.1e-3)
+
+
+def test_passes_are_as_fast_as_xlas_copy_and_the_rest_is_the_anchors(own_rows):
+    (copy,) = (row for key, row in own_rows.items() if key[0] == "memory")
+    assert copy["bytes"] / copy["seconds"] == pytest.approx(3e12)
+    assert {key[0] for key in own_rows} >= {"attention", "attention_backward"}
+
+
+def test_a_weight_gradient_without_rows_takes_the_grouped_products_utilisation():
+    product = gemm(1024, 7168, 18432, "bf16", 8)
+    assert TABLE.seconds(product.of_weight_gradient(), GPUS["h200"]) == TABLE.seconds(product, GPUS["h200"])

@@ -1,0 +1,123 @@
+"""Single-GPU runs that were measured on a device, predicted: what the simulator's own kernels and passes are worth.
+
+    python -m moe_ep.simulate.measured
+
+Reads the recorded runs in results/, predicts each from its config alone and writes
+results/simulated_against_measured.json and .md. Nothing here is fitted: kernels come
+from their benchmark, passes from the compiler's schedules.
+"""
+
+import collections.abc
+import json
+import pathlib
+import typing
+
+from moe_ep.config import Config, ModelConfig, MoEConfig, check
+from moe_ep.cost import work
+from moe_ep.cost.kernels import Work
+from moe_ep.cost.units import Number
+from moe_ep.hardware import GPUS
+from moe_ep.override import apply, load
+from moe_ep.simulate.from_config import scenario_of
+from moe_ep.simulate.predict import predict
+from moe_ep.simulate.scenario import own_stack
+
+RESULTS = pathlib.Path("results")
+GOAL = 0.10
+
+Row = dict[str, typing.Any]
+
+
+def compare(results: pathlib.Path = RESULTS) -> list[Row]:
+    """Returns a row for each recorded figure: what, file, measured and predicted, residual.
+
+    Args:
+      results: where the recorded runs are; files that are not there are left out.
+    """
+    rows = []
+    for name, read in _READERS.items():
+        path = results / name
+        if path.exists():
+            rows += [_row(path, *figure) for figure in read(json.loads(path.read_text()))]
+    return rows
+
+
+def _row(path: pathlib.Path, what: str, unit: str, measured: Number, predicted: Number) -> Row:
+    return {"what": what, "unit": unit, "measured": round(measured, 3), "predicted": round(float(predicted), 3),
+            "residual": round(float(predicted) / measured - 1, 4), "file": path.name}  # fmt: skip
+
+
+Figure = tuple[str, str, Number, Number]
+
+
+def _training(record: Row) -> collections.abc.Iterator[Figure]:
+    run = next(run for name, run in record["runs"].items() if name.startswith("mosaic"))
+    config = apply(load(record["config"]), record["settings"])
+    step, memory = _predicted(config, phase="train", tokens=config.train.batch_sequences * config.train.sequence,
+                              context=config.train.sequence)  # fmt: skip
+    yield f"training step of {record['config']}", "ms", run["ms_per_step"]["median"], step
+    yield f"peak memory of {record['config']}", "GB", run["peak_bytes"] / 1e9, memory
+
+
+def _predicted(config: Config, phase: str, tokens: Number, context: int) -> tuple[Number, Number]:
+    """Returns milliseconds and GB on one GPU, whatever transport and overlap the config has: nothing is sent."""
+    sizes = {"phase": phase, "context": context, "tokens_per_gpu": tokens, "sequences_per_gpu": tokens}
+    sets = [f"simulate.{name}={value}" for name, value in sizes.items()]
+    prediction = predict(scenario_of(check(apply(config, sets))))
+    return 1e3 * prediction.step_s, sum(prediction.bytes_per_gpu.values()) / 1e9
+
+
+def _layer(record: Row) -> collections.abc.Iterator[Figure]:
+    sizes = record["sizes"]
+    calls = _layer_calls(sizes)
+    for direction, made in (("forward", calls), ("forward+backward", calls + work.backward(calls))):
+        seconds = sum(own_stack().kernels.seconds(call, GPUS["h200"]) for call in made)
+        measured = record["times"][f"ours {direction}"]["seconds"]
+        yield f"one MoE layer, {sizes['tokens']} tokens, {direction}", "ms", 1e3 * measured, 1e3 * seconds
+
+
+def _layer_calls(sizes: Row) -> list[Work]:
+    moe = MoEConfig(num_experts=sizes["experts"], top_k=sizes["top_k"], hidden=sizes["hidden"])
+    model = ModelConfig(width=sizes["width"], moe=moe)
+    rows = sizes["tokens"] * sizes["top_k"]
+    return work.experts(model, rows, sizes["experts"], work.BF16) + work.router(model, sizes["tokens"])
+
+
+_READERS: dict[str, typing.Callable[[Row], collections.abc.Iterator[Figure]]] = {
+    "train_single_gpu_nvidia_h200.json": _training,
+    "moe_layer_nvidia_h200.json": _layer,
+}
+
+
+def markdown(rows: list[Row]) -> str:
+    """Returns the comparison as Markdown."""
+    table = own_stack().kernels
+    worst = max((abs(row["residual"]) for row in rows), default=0.0)
+    lines = [
+        "# Single-GPU runs: predicted against measured",
+        "",
+        "Written by `python -m moe_ep.simulate.measured` from the recorded runs named; predicted from each run's config,",
+        f"with nothing fitted to it. Kernel table: {table.name} ({table.date}). Goal: within {GOAL:.0%}; worst {worst:.1%}.",
+        "",
+        "| what | measured | predicted | residual | recorded in |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['what']} | {row['measured']:.5g} {row['unit']} | {row['predicted']:.5g} {row['unit']} | "
+        f"{row['residual']:+.1%} | `{row['file']}` |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Writes the comparison beside the recorded runs and prints it."""
+    rows, stem = compare(), RESULTS / "simulated_against_measured"
+    document = {"kind": "predicted, against measured", "kernels": own_stack().kernels.name, "rows": rows}
+    stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(markdown(rows))
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What a scenario's GPU holds: the plan that memory formulas take, and bytes by part."""
+
+from moe_ep.cost.memory import MemoryPlan, bytes_per_gpu
+from moe_ep.cost.routing import buffer_rows
+from moe_ep.cost.units import Number
+from moe_ep.simulate.scenario import Scenario
+
+
+def memory_of(scenario: Scenario) -> dict[str, Number]:
+    """Returns bytes of one GPU by part."""
+    return bytes_per_gpu(plan_of(scenario))
+
+
+def plan_of(scenario: Scenario) -> MemoryPlan:
+    """Returns what decides a GPU's memory."""
+    layout, workload, model = scenario.layout, scenario.workload, scenario.model
+    training, batches = workload.phase == "train", 2 if layout.overlap == "staggered" else 1
+    buffered = _buffered_rows(scenario, batches)
+    node = min(scenario.fabric.gpus_per_node, layout.ep)
+    in_flight = min(layout.pp, workload.micro_batches) if training else 1
+    decoding = workload.phase == "decode"
+    return MemoryPlan(
+        model=model,
+        training=training,
+        weight_bytes=scenario.stack.precision.weight_bytes,
+        cache_bytes=scenario.stack.precision.cache_bytes,
+        layer_share=1 / layout.pp,
+        slots=scenario.slots,
+        attention_share=1 / node if layout.split_attention_weights else 1 / layout.tp,
+        tokens=workload.tokens,
+        cached_tokens=workload.sequences_per_gpu * layout.pp * workload.context if decoding else 0.0,
+        copied_cache=decoding and batches == 2 and scenario.stack.is_compiled,
+        buffer_rows=buffered * batches if layout.ep > 1 else 0.0,
+        expert_rows=buffered,
+        saved_layers=model.layers / layout.pp * in_flight if training else 0.0,
+        remat=scenario.remat,
+    )
+
+
+def _buffered_rows(scenario: Scenario, batches: int) -> Number:
+    """Rows of the buffers of one chunk of one micro-batch."""
+    layout, top_k = scenario.layout, scenario.model.moe.top_k
+    part = scenario.workload.tokens / batches / (layout.chunks if layout.overlap == "chunks" else 1)
+    if layout.transport == "all_to_all":
+        return buffer_rows(part, top_k, layout.ep, layout.margin_sigmas) * layout.ep
+    return part * layout.ep if layout.transport == "all_gather" else part * top_k * 1.25

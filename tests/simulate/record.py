@@ -1,0 +1,68 @@
+"""Compiles the programs that the simulator is held against and records their schedules and memory in data/.
+
+    python tests/simulate/record.py        (after scripts/setup cuda12; three minutes, no GPU)
+
+Schedules lose what the simulator does not read. The tests compare with what stands here, so
+run this after a change of the programs, and see what moved.
+"""
+
+import json
+import pathlib
+
+from moe_ep.aot.compile import compile_program
+from moe_ep.config import check
+from moe_ep.override import apply, load
+
+DATA = pathlib.Path(__file__).parent / "data"
+# Name -> config, settings. Of those in MEMORY_ONLY the schedule is not kept.
+PROGRAMS = {
+    "train_single": ("single_gpu", ("aot.program=train", "aot.context=2048", "aot.tokens_per_gpu=16384")),
+    "prefill_single": ("single_gpu", ("aot.program=prefill", "aot.context=2048", "aot.tokens_per_gpu=16384")),
+    "decode_single": ("single_gpu", ("aot.program=decode", "aot.context=2048", "aot.tokens_per_gpu=131072")),
+    **{
+        f"{program}_{experts}_{overlap}": (
+            f"seed_e{experts}",
+            (f"aot.program={program}", f"dispatch.overlap={overlap}", "aot.context=1024", "aot.tokens_per_gpu=2048"),
+        )
+        for program in ("prefill", "decode")
+        for experts in (16, 32, 64, 128)
+        for overlap in ("none", "staggered")
+    },
+}
+MEMORY_ONLY = tuple(name for name in PROGRAMS if "_32_" in name or "_64_" in name)
+_READ = ("kind", "op", "flops", "bytes", "gemms", "attention", "dtype", "scope", "backward", "name", "start", "body",
+         "trip_count", "group_size", "group_stride")  # fmt: skip
+
+
+def record(name: str) -> dict:
+    """Compiles one program, writes its schedule unless only its memory is wanted, and returns its memory."""
+    config, settings = PROGRAMS[name]
+    compiled = compile_program(check(apply(load(f"configs/{config}.py"), settings)))
+    if name not in MEMORY_ONLY:
+        (DATA / f"{name}.json").write_text(as_text(compiled.schedule))
+    memory = compiled.memory
+    return {"config": config, "settings": settings, "arguments": memory.arguments, "outputs": memory.outputs,
+            "temporaries": memory.temporaries, "total": memory.total}  # fmt: skip
+
+
+def as_text(schedule: dict) -> str:
+    """Returns the schedule as JSON, a line an instruction."""
+    head = json.dumps({name: value for name, value in schedule.items() if name != "computations"})
+    computations = []
+    for name, instructions in schedule["computations"].items():
+        kept = ({key: entry[key] for key in _READ if entry.get(key) not in (None, "", [])} for entry in instructions)
+        computations.append(f'"{name}": [\n' + ",\n".join(" " + json.dumps(entry) for entry in kept) + "\n]")
+    return head[:-1] + ', "computations": {\n' + ",\n".join(computations) + "\n}}\n"
+
+
+def main() -> None:
+    figures = {}
+    for name in PROGRAMS:
+        figures[name] = record(name)
+        print(f"{name}: {figures[name]['total'] / 1e9:.3f} GB", flush=True)
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(figure)}" for name, figure in figures.items())
+    (DATA / "memory.json").write_text("{\n" + lines + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The formula against the walk of the compiler's schedule, and against its memory, on recorded compilations of whole programs."""
+
+import json
+import pathlib
+
+import pytest
+
+from moe_ep.config import check
+from moe_ep.override import apply, load
+from moe_ep.simulate import schedule
+from moe_ep.simulate.engines import compare, row_share, scenario_of_program
+from moe_ep.simulate.memory import memory_of
+from tests.simulate.record import DATA, MEMORY_ONLY, PROGRAMS
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+MEMORY = json.loads((DATA / "memory.json").read_text())
+# Decode with nothing overlapped: the walk counts the whole up-projection as read for each of its two halves.
+WIDER = {"decode_16_none": 0.15, "decode_128_none": 0.15}
+
+
+def config_of(name: str):
+    config, settings = PROGRAMS[name]
+    return check(apply(load(str(CONFIGS / f"{config}.py")), settings))
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in MEMORY_ONLY])
+def test_formula_and_compiled_schedule_agree(name):
+    result = compare(config_of(name), schedule.load(str(DATA / f"{name}.json")))
+    assert result["walk_s"] == pytest.approx(result["formula_s"], rel=WIDER.get(name, 0.06)), result
+    if name.startswith("prefill") and "single" not in name:
+        assert result["walk_hidden_share"] == pytest.approx(result["formula_hidden_share"], abs=0.02)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_memory_is_the_compilers_within_three_percent(name):
+    held = sum(memory_of(scenario_of_program(config_of(name))).values())
+    assert held == pytest.approx(MEMORY[name]["total"], rel=0.03)
+
+
+def test_every_recorded_figure_is_of_the_settings_that_stand_here():
+    assert {name: (figure["config"], tuple(figure["settings"])) for name, figure in MEMORY.items()} == PROGRAMS
+
+
+def test_rows_that_hold_tokens_are_counted_from_the_schedule():
+    compiled = schedule.load(str(DATA / "prefill_128_none.json"))
+    allocated = next(entry["gemms"][0][0] for body in compiled["computations"].values() for entry in body
+                     if "experts" in entry.get("scope", "").split("/") and entry.get("gemms"))  # fmt: skip
+    assert row_share(compiled, config_of("prefill_128_none").model) == pytest.approx(2 * 2048 / allocated)
