@@ -22,12 +22,14 @@ SET_BY = {
     "rdma_efficiency": _LINKS,
     "low_latency_s": _LINKS,
     "wait_s": ("deepseek-trace-dispatch", "deepseek-trace-combine"),
-    "expert_launch_s": ("expert-gemm-128",),
+    "expert_launch_s": ("expert-gemm-8", "expert-gemm-128"),
     "train_factor": ("deepseek-trace-span",),
-    "prefill_factor": ("sglang-prefill-4k-perfect",),
+    "serve_factor": ("sglang-prefill-4k-perfect", "sglang-decode-256"),
     "busiest": ("sglang-prefill-2k",),
-    "decode_factor": ("sglang-decode-256",),
 }
+
+
+_ROUNDS = 6
 
 
 def calibration_points() -> dict[str, Point]:
@@ -46,9 +48,10 @@ def fit(without: tuple[str, ...] = ()) -> Parameters:
     parameters = _fit_added(parameters, "wait_s", rows["wait_s"], 1e-3)
     parameters = _fit_added(parameters, "expert_launch_s", rows["expert_launch_s"], 1e-6)
     parameters = _fit_factor(parameters, "train_factor", rows["train_factor"], slower_is_larger=True)
-    parameters = _fit_factor(parameters, "prefill_factor", rows["prefill_factor"], slower_is_larger=False)
-    parameters = _fit_busiest(parameters, rows["busiest"])
-    return _fit_factor(parameters, "decode_factor", rows["decode_factor"], slower_is_larger=False)
+    for _ in range(_ROUNDS):  # a row of the factor depends on the busiest device, and the other way round
+        parameters = _fit_factor(parameters, "serve_factor", rows["serve_factor"], slower_is_larger=False)
+        parameters = _fit_busiest(parameters, rows["busiest"])
+    return parameters
 
 
 def _fit_links(parameters: Parameters, rows: list[str]) -> Parameters:
@@ -74,11 +77,11 @@ def _fit_added(parameters: Parameters, name: str, rows: list[str], unit_s: Numbe
 
 
 def _fit_factor(parameters: Parameters, name: str, rows: list[str], slower_is_larger: bool) -> Parameters:
-    """The step over its parts, from one row; the prediction is proportional to it or to its inverse."""
+    """The step over its parts, the rows' geometric mean; a prediction is proportional to it or to its inverse."""
     if not rows:
         return parameters
-    ratios = [find(row).predict(parameters) / find(row).value for row in rows]
-    ratio = float(np.mean(ratios))
+    neutral = dataclasses.replace(parameters, **{name: 1.0})
+    ratio = float(np.exp(np.mean([np.log(find(row).predict(neutral) / find(row).value) for row in rows])))
     return dataclasses.replace(parameters, **{name: 1 / ratio if slower_is_larger else ratio})
 
 

@@ -69,6 +69,7 @@ def both_at_once(setting: Setting) -> Row:
         if wide <= 0.55 * step:
             best = max(best, batch / wide / (base / step))
     value = f"at 45 % less latency at most {best:.2f}x" if best else "no batch has 45 % less latency"
+    value += f"; together they need a batch {3.2 * 0.55:.2f} times as large in 0.55 of the time"
     return row("both at once, E = 16", "3.2x and 45 %", setting, "EP 8 at batch 8; EP 16 at any batch up to 64", value,
                 REPRODUCED if best >= 3.2 else NOT, "simulated")  # fmt: skip
 
@@ -121,6 +122,30 @@ def utilisation(setting: Setting) -> Row:
                 "tokens/GPU; strong: E = 128, 32768 tokens in all", value, verdict, "simulated")  # fmt: skip
 
 
+def compute_share(setting: Setting) -> Row:
+    """MFU of 60 %."""
+    shares = {tokens: setting.mfu(setting.scenario(128, 128, "prefill", tokens)) for tokens in (512, 2048, 4096)}
+    value = "; ".join(f"{tokens} tokens/GPU: {share:.0%}" for tokens, share in shares.items())
+    enough = [tokens for tokens, share in shares.items() if share >= 0.595]
+    verdict = REPRODUCED if len(enough) == len(shares) else (
+        f"reproduced only if {enough[0]} tokens/GPU or more" if enough else NOT)  # fmt: skip
+    inputs = "prefill, E = 128, one expert a GPU; model FLOPs over peak and step, communication included"
+    return row("MFU", "60 %", setting, inputs, value, verdict, "simulated")
+
+
+def memory_share(setting: Setting) -> Row:
+    """Memory bandwidth used to 80 %."""
+    shares = {}
+    for batch in (1, 8, 32):
+        scenario = setting.scenario(128, 128, "decode", batch)
+        prediction = predict(scenario)
+        shares[batch] = prediction.memory_bandwidth_utilisation * prediction.step_s / setting.step_s(scenario)
+    value = "; ".join(f"batch {batch}: {share:.0%}" for batch, share in shares.items())
+    verdict = REPRODUCED if min(shares.values()) >= 0.79 else NOT
+    inputs = "decode, E = 128, one expert a GPU, context 1024; weights and cache once, over bandwidth and step"
+    return row("use of the memory bandwidth", "80 %", setting, inputs, value, verdict, "simulated")
+
+
 def hidden_share(setting: Setting) -> Row:
     """80 % of communication hidden."""
     shares = {}
@@ -137,7 +162,7 @@ def hidden_share(setting: Setting) -> Row:
 
 PER_SETTING = (
     throughput_prefill, throughput_decode, throughput_prefill_pipeline, throughput_decode_pipeline, token_latency,
-    both_at_once, weak_scaling, network_use, communication_share, utilisation, hidden_share,
+    both_at_once, weak_scaling, network_use, communication_share, utilisation, compute_share, memory_share, hidden_share,
 )  # fmt: skip
 
 

@@ -62,11 +62,11 @@ def _one(config: Config, folder: pathlib.Path | None) -> dict[str, typing.Any]:
 
 
 def _walk(config: Config) -> dict[str, typing.Any]:
-    from moe_ep.simulate import schedule
+    from moe_ep.simulate import engines, schedule
 
     stack = ASSUMED if config.simulate.efficiency == "assumed" else own_stack()
     document = schedule.load(config.simulate.schedule)
-    share = config.simulate.expert_row_share
+    share = config.simulate.expert_row_share or engines.row_share(document, config.model)
     return schedule.walk(document, fabric_of(config.cluster), stack.kernels, stack.network, share)
 
 
@@ -75,7 +75,7 @@ def as_json(scenario: Scenario, prediction: Prediction) -> dict[str, typing.Any]
     layout = scenario.layout
     result = {name: _finite(value) for name, value in dataclasses.asdict(prediction).items()}
     result["bytes_per_gpu"] = {**prediction.bytes_per_gpu, "total": sum(prediction.bytes_per_gpu.values())}
-    result["error_bar"] = round(validation.fitted()[1]["system"], 4)
+    result["error_bar"] = round(validation.bar_of_phase(scenario.workload.phase), 4)
     result["kind"] = "predicted, memory ignored" if prediction.memory_ignored else "predicted"
     result["inputs"] = {
         "gpu": scenario.fabric.gpu.name,

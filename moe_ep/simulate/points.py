@@ -26,7 +26,7 @@ class Point:
 
     Attributes:
       value: as published, of a calibration row; None of a held-out one.
-      family: rows of one family share an error bar: all_to_all, gemm, system, ratio.
+      family: rows of one family share an error bar: all_to_all, gemm, serving, training, ratio.
       assumed: what the source leaves open and this prediction takes.
     """
 
@@ -113,7 +113,7 @@ def _prefill(gpu: str, context: int, slots: int | None, balanced: bool) -> typin
         routing = _routing("balanced", None if balanced else parameters.busiest)
         layout = Layout(32, 32, overlap="staggered", transport="two_level", slots=slots,
                         placement="balanced" if slots else "contiguous")  # fmt: skip
-        stack = published.throughput_stack(parameters, parameters.prefill_factor)
+        stack = published.throughput_stack(parameters, parameters.serve_factor)
         workload = Workload("prefill", context, tokens_per_gpu=16384)
         return 8 * _rate(Scenario(DEEPSEEK_V3, published.cluster(gpu), layout, workload, routing, stack))
 
@@ -200,34 +200,34 @@ POINTS: tuple[Point, ...] = (
       for ep, value in _DISPATCHES.items()),
     *(Point(f"deepep-ll-combine-{ep}", "us", "all_to_all", _LOW, _DEEPEP, _combine_us(ep), value)
       for ep, value in _COMBINES.items()),
-    Point("deepseek-trace-span", "ms", "system", _HIGH, _TRACE, _trace_span_ms, 128.5),
+    Point("deepseek-trace-span", "ms", "training", _HIGH, _TRACE, _trace_span_ms, 128.5),
     Point("deepseek-trace-dispatch", "ms", "all_to_all", _HIGH, _TRACE, _trace_collective_ms("dispatch"), 3.88),
     Point("deepseek-trace-combine", "ms", "all_to_all", _HIGH, _TRACE, _trace_collective_ms("combine"), 6.18),
     Point("deepseek-trace-gemm", "ms", "gemm", "none", _TRACE, _trace_gemm_ms, 22.9),
     Point("deepseek-trace-hidden", "fraction", "ratio", _HIGH, _TRACE, _trace_hidden, 0.96),
     *(Point(f"expert-gemm-{ep}", "us", "gemm", "none", _AIC, _expert_gemm_us(ep), value, _TOKENS)
       for ep, value in _GEMMS.items()),
-    Point("sglang-prefill-1k", "tokens/s", "system", _HIGH, _LMSYS, _prefill("h100", 1024, 9, False)),
-    Point("sglang-prefill-2k", "tokens/s", "system", _HIGH, _LMSYS, _prefill("h100", 2048, 9, False), 54543),
-    Point("sglang-prefill-4k", "tokens/s", "system", _HIGH, _LMSYS, _prefill("h100", 4096, 9, False)),
-    Point("sglang-prefill-4k-perfect", "tokens/s", "system", _HIGH, _LMSYS, _prefill("h100", 4096, 9, True), 59337),
-    Point("sglang-decode-256", "tokens/s", "system", _LOW, _LMSYS, lambda p: _sglang_decode(p, _DECODE_256), 22282),
-    Point("sglang-decode-128-mtp", "tokens/s", "system", _LOW, _LMSYS, lambda p: _sglang_decode(p, _DECODE_MTP),
+    Point("sglang-prefill-1k", "tokens/s", "serving", _HIGH, _LMSYS, _prefill("h100", 1024, 9, False)),
+    Point("sglang-prefill-2k", "tokens/s", "serving", _HIGH, _LMSYS, _prefill("h100", 2048, 9, False), 54543),
+    Point("sglang-prefill-4k", "tokens/s", "serving", _HIGH, _LMSYS, _prefill("h100", 4096, 9, False)),
+    Point("sglang-prefill-4k-perfect", "tokens/s", "serving", _HIGH, _LMSYS, _prefill("h100", 4096, 9, True), 59337),
+    Point("sglang-decode-256", "tokens/s", "serving", _LOW, _LMSYS, lambda p: _sglang_decode(p, _DECODE_256), 22282),
+    Point("sglang-decode-128-mtp", "tokens/s", "serving", _LOW, _LMSYS, lambda p: _sglang_decode(p, _DECODE_MTP),
           assumed="two tokens verified a step, 1.875 kept (arXiv:2412.19437, section 5.4.3)"),
     Point("sglang-tbo-decode", "ratio", "ratio", _LOW, _LMSYS, _tbo_ratio),
     Point("sglang-eplb-decode", "ratio", "ratio", _LOW, _LMSYS, _eplb_ratio,
           assumed="unbalanced popularity as AIConfigurator takes it: power law 1.01"),
-    Point("deepseek-profile-prefill", "tokens/s", "system", _HIGH, _PROFILE, _prefill("h800", 4096, None, True)),
-    Point("deepseek-profile-decode", "tokens/s", "system", _LOW, _PROFILE, _profile_decode),
-    Point("deepseek-pretrain", "tokens/s", "system", _HIGH, "arXiv:2412.19437",
+    Point("deepseek-profile-prefill", "tokens/s", "serving", _HIGH, _PROFILE, _prefill("h800", 4096, None, True)),
+    Point("deepseek-profile-decode", "tokens/s", "serving", _LOW, _PROFILE, _profile_decode),
+    Point("deepseek-pretrain", "tokens/s", "training", _HIGH, "arXiv:2412.19437",
           _training("h800", _PRETRAIN, 15360 // 128, 4096, fp8=True)),
-    Point("megatron-h100-1024", "tokens/s", "system", _HIGH, "NVIDIA-NeMo/Megatron-Bridge performance summary",
+    Point("megatron-h100-1024", "tokens/s", "training", _HIGH, "NVIDIA-NeMo/Megatron-Bridge performance summary",
           _training("h100", _MEGATRON_H100, 8192 // 64, 2048, fp8=False),
           assumed="BF16; forward covers backward; 4 virtual stages; DeepEP"),
-    Point("megatron-gb200-256", "tokens/s", "system", _HIGH, "NVIDIA-NeMo/Megatron-Bridge performance summary",
+    Point("megatron-gb200-256", "tokens/s", "training", _HIGH, "NVIDIA-NeMo/Megatron-Bridge performance summary",
           _training("gb200", _MEGATRON_GB200, 4096 // 64, 4096, fp8=False, domain=64),
           assumed="EP 64 inside one NVLink domain; nothing overlapped; 4 virtual stages"),
-    Point("vllm-h200-wide", "tokens/s", "system", _LOW, "vLLM blog 2025-12-17", _vllm,
+    Point("vllm-h200-wide", "tokens/s", "serving", _LOW, "vLLM blog 2025-12-17", _vllm,
           assumed="EP 32, 256 sequences a GPU, 32 redundant experts"),
 )  # fmt: skip
 

@@ -43,7 +43,7 @@ class Parameters:
       low_latency_s: of one low-latency dispatch or combine, however few bytes.
       wait_s: that ranks wait for each other at a dispatch or combine of the throughput kernels.
       expert_launch_s: of one call of the experts in decode, beyond its products.
-      train_factor, prefill_factor, decode_factor: a measured step over the sum of its parts.
+      train_factor, serve_factor: a measured step over the sum of its parts.
       busiest: load of the busiest GPU over the mean that a load balancer leaves in live traffic.
     """
 
@@ -52,8 +52,7 @@ class Parameters:
     wait_s: float = 0.0
     expert_launch_s: float = 0.0
     train_factor: float = 1.0
-    prefill_factor: float = 1.0
-    decode_factor: float = 1.0
+    serve_factor: float = 1.0
     busiest: float = 1.0
 
 
@@ -84,7 +83,7 @@ def decode_stack(parameters: Parameters) -> Stack:
     """Returns FP8 kernels and low-latency collectives; RDMA leaves all SMs to compute."""
     return Stack(
         "DeepSeek-class decode", load_table("hopper_fp8_deepseek"), low_latency_network(parameters), FP8,
-        step_factor=parameters.decode_factor, expert_launch_s=parameters.expert_launch_s,
+        step_factor=parameters.serve_factor, expert_launch_s=parameters.expert_launch_s,
     )  # fmt: skip
 
 

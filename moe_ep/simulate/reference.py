@@ -20,7 +20,8 @@ from moe_ep.simulate.step import compute_seconds, network_seconds, stage_work
 
 Row = dict[str, typing.Any]
 READINGS = ("NIC per GPU", "NIC per node")
-REPRODUCED, NOT = "reproduced", "not reproduced"
+REPRODUCED, NOT, NO_CLAIM = "reproduced", "not reproduced", "no claim of the source"
+FORMULA = "simulated, by formula"
 _HIDDEN = 0.80  # assumed by the source
 
 

@@ -41,22 +41,23 @@ def fit_to_file(path: pathlib.Path = FITTED) -> None:
 def left_out_residuals() -> dict[str, Number]:
     """Returns, for each calibration row, its relative error when the parameters are fitted without it.
 
-    A row that alone sets a factor is predicted with the mean factor of the other systems:
-    the error of carrying the model to a system that it has not seen.
+    The row that alone sets the factor of training is predicted with that of serving: the
+    error of carrying the model to a kind of system that it has not seen.
     """
     residuals = {}
     for row, point in calibration.calibration_points().items():
         parameters = calibration.fit(without=(row,))
-        factor = next((name for name in _FACTORS if calibration.SET_BY[name] == (row,)), None)
-        if factor:
-            others = [getattr(calibration.fit(), name) for name in _FACTORS if name != factor]
-            mean = math.exp(sum(math.log(value) for value in others) / len(others))
-            parameters = dataclasses.replace(calibration.fit(), **{factor: mean})
+        if calibration.SET_BY["train_factor"] == (row,):
+            parameters = dataclasses.replace(parameters, train_factor=parameters.serve_factor)
         residuals[row] = point.predict(parameters) / point.value - 1
     return residuals
 
 
-_FACTORS = ("train_factor", "prefill_factor", "decode_factor")
+def _left_out_balance_ratio() -> Number:
+    """Returns the error of live over perfect balance, in prefill, when nothing says what a balancer leaves."""
+    live, perfect = find("sglang-prefill-2k"), find("sglang-prefill-4k-perfect")
+    parameters = calibration.fit(without=(live.id,))
+    return (live.predict(parameters) / perfect.predict(parameters)) / (live.value / perfect.value) - 1
 
 
 def error_bars() -> dict[str, Number]:
@@ -65,8 +66,14 @@ def error_bars() -> dict[str, Number]:
     bars = {}
     for family in sorted({point.family for point in POINTS}):
         errors = [residuals[point.id] for point in POINTS if point.family == family and point.id in residuals]
+        errors += [_left_out_balance_ratio()] if family == "ratio" else []
         bars[family] = math.sqrt(sum(error**2 for error in errors) / len(errors))
     return bars
+
+
+def bar_of_phase(phase: str) -> Number:
+    """Returns the error bar of a whole system's throughput in a phase."""
+    return fitted()[1]["training" if phase == "train" else "serving"]
 
 
 def predict_point(point_id: str) -> dict[str, typing.Any]:
@@ -159,8 +166,8 @@ def markdown(result: dict[str, typing.Any]) -> str:
         "",
         "Predicted by `python -m moe_ep.run --mode=simulate --set simulate.point=all`; nothing here was measured by",
         "this project. Held-out rows took part in no fit. The error bar is the root mean square, over the calibration",
-        "rows of the family, of the error when a row is left out of the fit (of a step factor: when it is replaced by",
-        "the other systems').",
+        "rows of the family, of the error when a row is left out of the fit (of training's step factor: when that of",
+        "serving takes its place).",
         "Kernel tables: " + "; ".join(f"{table.name} ({table.source}, {table.date})" for table in tables) + ".",
         "",
         "| id | predicted | unit | error bar | published | residual | left out | network | assumed |",
