@@ -72,7 +72,7 @@ def exchange_rows(
 
     Args:
       tokens: this device's rows.
-      choices: the experts of each row, over the whole layer.
+      choices: the experts of each row, over the whole layer; a number past the last expert sends it nowhere.
       weights: of each choice.
       experts: this device's experts, applied to rows in the aligned-contiguous layout.
       exchange: the static sizes; tokens.shape[0] is exchange.tokens.

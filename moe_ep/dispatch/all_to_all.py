@@ -68,7 +68,7 @@ def plan(choices: Choices, exchange: Exchange) -> Plan:
     slice_index, row = slot_in_slices(ordered.place - queue_start[destination], *layout)
     rows = wave_rows // exchange.chunks
     slot = jnp.where(
-        slice_index < exchange.slices,
+        (slice_index < exchange.slices) & (destination < exchange.peers),
         (slice_index * exchange.peers + destination) * rows + row,
         exchange.slices * exchange.peers * rows,
     )
@@ -87,7 +87,7 @@ def plan(choices: Choices, exchange: Exchange) -> Plan:
     counts = DispatchCounts(
         rows_sent=sent,
         rows_padded=exchange.slices * exchange.peers * rows - sent,
-        rows_dropped=assignments - sent,
+        rows_dropped=queue_start[-1] - sent,
         waves_needed=divide(jnp.max(queue_length) + (wave_rows - 1), wave_rows)[0],
     )
     return Plan(

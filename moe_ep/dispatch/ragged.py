@@ -83,7 +83,7 @@ def plan(choices: Choices, exchange: Exchange) -> Plan:
     dispatched = DispatchCounts(
         rows_sent=sent,
         rows_padded=jnp.zeros_like(sent),
-        rows_dropped=jnp.int32(choices.size) - sent,
+        rows_dropped=ordered.start[-1] - sent,
         waves_needed=divide(jnp.max(received) + (capacity - 1), capacity)[0],
     )
     return Plan(ordered.order, ordered.place.reshape(choices.shape), list(waves), list(groups), dispatched)

@@ -11,7 +11,7 @@ from moe_ep.model.kv_cache import Lengths, Pages
 from moe_ep.model.mla import MultiHeadLatentAttention
 from moe_ep.model.moe import DenseMLP, MoE, MoEReport
 from moe_ep.model.norm import RMSNorm
-from moe_ep.shapes import Activations, Choices, Positions, RouterBias
+from moe_ep.shapes import Activations, Choices, Mask, Positions, RouterBias
 
 
 class AttentionHalf(nnx.Module):
@@ -37,12 +37,25 @@ class AttentionHalf(nnx.Module):
             attended, cached = self.attention.prefill(self.norm(x), positions)
             return x + attended, cached
 
+    def extend(
+        self, x: Activations, cached: Float[Array, "n rows W"], pages: Pages, starts: Lengths, valid: Mask
+    ) -> tuple[Activations, Float[Array, "n rows W"]]:
+        """Returns the half's output for a chunk of each prompt, and the cache with its rows."""
+        with jax.named_scope("attention"):
+            attended, cached = self.attention.extend(self.norm(x), cached, pages, starts, valid)
+            return x + attended, cached
+
     def decode(
-        self, x: Activations, cached: Float[Array, "n rows W"], pages: Pages, lengths: Lengths
+        self,
+        x: Activations,
+        cached: Float[Array, "n rows W"],
+        pages: Pages,
+        lengths: Lengths,
+        active: Mask | None = None,
     ) -> tuple[Activations, Float[Array, "n rows W"]]:
         """Returns the half's output for one new token a sequence, and the cache with its rows."""
         with jax.named_scope("attention"):
-            attended, cached = self.attention.decode(self.norm(x), cached, pages, lengths)
+            attended, cached = self.attention.decode(self.norm(x), cached, pages, lengths, active)
             return x + attended, cached
 
 
@@ -97,11 +110,16 @@ class MoEBlock(nnx.Module):
         return self.feed_forward(self.first(x, positions), bias, dispatch, replay)
 
     def feed_forward(
-        self, x: Activations, bias: RouterBias, dispatch: DispatchConfig, replay: Choices | None = None
+        self,
+        x: Activations,
+        bias: RouterBias,
+        dispatch: DispatchConfig,
+        replay: Choices | None = None,
+        valid: Mask | None = None,
     ) -> tuple[Activations, MoEReport]:
         """Returns the second half's output and what its routing counted."""
         with jax.named_scope("moe"):
-            routed, report = self.moe(self.norm(x), bias, dispatch, replay)
+            routed, report = self.moe(self.norm(x), bias, dispatch, replay, valid)
         return x + routed, report
 
 

@@ -1,15 +1,16 @@
-"""Blocks with a cache: whole prompts that leave their latents behind, and one new token a sequence.
+"""Blocks with a cache: whole prompts that leave their latents behind, chunks of prompts, one new token a sequence.
 
 The cache of a stack is carried through the scan over its layers as one array, all
 layers' rows end to end: a layer's row is written in place, and attention reads
 where the layer's page table points, so no layer's cache is ever copied out.
 
-A step writes the one row at `lengths` of each sequence, and nothing reads that row
+A step writes rows from `lengths` on of each sequence, and nothing reads those rows
 until the caller moves `lengths` on. So a step whose routing needed more waves than
 its program has is simply run again on another program, with the cache that came
-back: it writes the same row once more.
+back: it writes the same rows once more.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from moe_ep.model.block import AttentionHalf, DenseBlock, MoEBlock
 from moe_ep.model.kv_cache import LatentCache, Lengths, Pages, last_rows
 from moe_ep.model.moe import MoEReport
 from moe_ep.model.staggered import scan_staggered
-from moe_ep.shapes import Activations, Positions
+from moe_ep.shapes import Activations, Mask, Positions
 
 Bias = Float32[Array, "L E"]
 Replay = Int32[Array, "L t K"] | None  # choices to use instead of the routers' own, where not negative
@@ -82,6 +83,46 @@ def _prefill_halves(
 _PREFILLS = {"none": _prefill_whole, "chunks": _prefill_whole, "staggered": _prefill_halves}
 
 
+# attend(half, x, rows, pages) -> (x, rows): the attention half of a block over its layer's pages.
+AttendPages = Callable[[AttentionHalf, Activations, Array, Pages], tuple[Activations, Array]]
+
+
+def extend_blocks(
+    x: Activations,
+    dense: DenseBlock | None,
+    moe: MoEBlock,
+    cache: LatentCache,
+    pages: Pages,
+    starts: Lengths,
+    valid: Mask,
+    bias: Bias,
+    dispatch: DispatchConfig,
+) -> tuple[Activations, LatentCache, MoEReport]:
+    """Runs all blocks on a chunk of each prompt, keys and values expanded from the cache.
+
+    Args:
+      x: the chunks.
+      dense: the dense stack, or None.
+      moe: the MoE stack.
+      cache: of the tokens before; donate it, it is written in place.
+      pages: of each sequence, in order.
+      starts: tokens of each sequence that the cache holds: its chunk's first position.
+      valid: the tokens that are some.
+      bias: of every MoE layer.
+      dispatch: how rows travel; not "staggered".
+
+    Returns:
+      The blocks' output; the cache with the new rows; every MoE layer's report.
+    """
+
+    def attend(half: AttentionHalf, x: Activations, rows: Array, pages: Pages) -> tuple[Activations, Array]:
+        return half.extend(x, rows, pages, starts, valid)
+
+    x, dense_rows = _scan_dense(attend, x, dense, cache.dense, pages)
+    x, rows, reports = _scan_moe(attend, x, moe, cache.moe, pages, valid, bias, dispatch, None)
+    return x, LatentCache(dense_rows, rows), reports
+
+
 def decode_blocks(
     x: Activations,
     dense: DenseBlock | None,
@@ -92,6 +133,7 @@ def decode_blocks(
     bias: Bias,
     dispatch: DispatchConfig,
     replay: Replay = None,
+    active: Mask | None = None,
 ) -> tuple[Activations, LatentCache, MoEReport]:
     """Runs all blocks on one new token a sequence, attention absorbed.
 
@@ -105,32 +147,46 @@ def decode_blocks(
       bias: of every MoE layer.
       dispatch: how rows travel. "staggered" needs sequences that are not in pages.
       replay: choices to use instead of the routers' own, where they are not negative.
+      active: the sequences that there are, None for all; not with "staggered".
 
     Returns:
       The blocks' output; the cache with the new rows; every MoE layer's report.
     """
 
-    def dense_step(carry: tuple, layer: tuple) -> tuple[tuple, None]:
-        x, rows = carry
-        block, layer_pages = layer
-        x, rows = block.first.decode(x, rows, layer_pages, lengths)
-        return (block.feed_forward(x), rows), None
+    def attend(half: AttentionHalf, x: Activations, rows: Array, pages: Pages) -> tuple[Activations, Array]:
+        return half.decode(x, rows, pages, lengths, active)
 
-    dense_rows = None
-    if dense is not None:
-        layers = (dense, _pages_of_layers(cache.dense, pages))
-        (x, rows), _ = jax.lax.scan(dense_step, (x, _end_to_end(cache.dense)), layers)
-        dense_rows = rows.reshape(cache.dense.shape)
-    x, rows, reports = _DECODES[dispatch.overlap](x, moe, cache.moe, pages, lengths, bias, dispatch, replay)
+    x, dense_rows = _scan_dense(attend, x, dense, cache.dense, pages)
+    if dispatch.overlap == "staggered":
+        x, rows, reports = _decode_halves(x, moe, cache.moe, lengths, bias, dispatch, replay)
+    else:
+        x, rows, reports = _scan_moe(attend, x, moe, cache.moe, pages, active, bias, dispatch, replay)
     return x, LatentCache(dense_rows, rows), reports
 
 
-def _decode_whole(
+def _scan_dense(
+    attend: AttendPages, x: Activations, blocks: DenseBlock | None, cached: Array | None, pages: Pages
+) -> tuple[Activations, Array | None]:
+    if blocks is None:
+        return x, None
+
+    def step(carry: tuple, layer: tuple) -> tuple[tuple, None]:
+        x, rows = carry
+        block, layer_pages = layer
+        x, rows = attend(block.first, x, rows, layer_pages)
+        return (block.feed_forward(x), rows), None
+
+    (x, rows), _ = jax.lax.scan(step, (x, _end_to_end(cached)), (blocks, _pages_of_layers(cached, pages)))
+    return x, rows.reshape(cached.shape)
+
+
+def _scan_moe(
+    attend: AttendPages,
     x: Activations,
     blocks: MoEBlock,
     cached: Array,
     pages: Pages,
-    lengths: Lengths,
+    valid: Mask | None,
     bias: Bias,
     dispatch: DispatchConfig,
     replay: Replay,
@@ -138,8 +194,8 @@ def _decode_whole(
     def step(carry: tuple, layer: tuple) -> tuple[tuple, MoEReport]:
         x, rows = carry
         block, bias, layer_pages, replay = layer
-        x, rows = block.first.decode(x, rows, layer_pages, lengths)
-        x, report = block.feed_forward(x, bias, dispatch, replay)
+        x, rows = attend(block.first, x, rows, layer_pages)
+        x, report = block.feed_forward(x, bias, dispatch, replay, valid)
         return (x, rows), report
 
     layers = (blocks, bias, _pages_of_layers(cached, pages), replay)
@@ -151,14 +207,12 @@ def _decode_halves(
     x: Activations,
     blocks: MoEBlock,
     cached: Array,
-    pages: Pages,
     lengths: Lengths,
     bias: Bias,
     dispatch: DispatchConfig,
     replay: Replay,
 ) -> tuple[Activations, Array, MoEReport]:
     """Each half has its own sequences' rows of a layer; only the new ones leave the scan."""
-    del pages
 
     def attend(half: AttentionHalf, x: Activations, extra: tuple) -> tuple[Activations, Array]:
         rows, lengths = extra
@@ -170,9 +224,6 @@ def _decode_halves(
     x, reports, new = scan_staggered(attend, x, blocks, bias, replay, extras, lambda step: step, dispatch)
     sequence = jnp.arange(lengths.shape[0], dtype=jnp.int32)
     return x, cached.at[:, sequence, lengths].set(new, mode="drop"), reports
-
-
-_DECODES = {"none": _decode_whole, "chunks": _decode_whole, "staggered": _decode_halves}
 
 
 def _end_to_end(cached: Float[Array, "L n rows W"]) -> Float[Array, "Ln rows W"]:

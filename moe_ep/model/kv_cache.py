@@ -15,6 +15,7 @@ from jaxtyping import Float, Int32
 
 from moe_ep.config import ModelConfig
 from moe_ep.mesh import ALL_AXES
+from moe_ep.shapes import Mask, Positions
 
 # Sequences, or the pages that hold them, are split like the tokens.
 CACHE = PartitionSpec(None, ALL_AXES)
@@ -70,14 +71,24 @@ def own_pages(cache: LatentCache) -> Pages:
     return jnp.arange(cache.moe.shape[1], dtype=jnp.int32)[:, None]
 
 
-def append(
-    cached: Float[Array, "n rows W"], pages: Pages, lengths: Lengths, new: Float[Array, "b W"]
+def write(
+    cached: Float[Array, "n rows W"],
+    pages: Pages,
+    positions: Positions,
+    new: Float[Array, "b s W"],
+    valid: Mask | None = None,
 ) -> Float[Array, "n rows W"]:
-    """Writes each sequence's next row behind the rows it has; one whose pages are full writes nothing."""
+    """Writes rows of each sequence at their positions; one past its pages, or not valid, is not written."""
     rows = jnp.int32(cached.shape[1])
-    index, row = jax.lax.div(lengths, rows), jax.lax.rem(lengths, rows)
-    page = jnp.take_along_axis(pages, index[:, None], axis=1, mode="fill", fill_value=cached.shape[0])[:, 0]
+    index, row = jax.lax.div(positions, rows), jax.lax.rem(positions, rows)
+    page = jnp.take_along_axis(pages, index, axis=1, mode="fill", fill_value=cached.shape[0])
+    page = page if valid is None else jnp.where(valid, page, cached.shape[0])
     return cached.at[page, row].set(new, mode="drop")
+
+
+def read(cached: Float[Array, "n rows W"], pages: Pages) -> Float[Array, "b s W"]:
+    """Returns the rows of each sequence's pages, s = p x rows of them, in order."""
+    return cached[pages].reshape(pages.shape[0], -1, cached.shape[2])
 
 
 def last_rows(cached: Float[Array, "n rows W"], lengths: Lengths) -> Float[Array, "n W"]:

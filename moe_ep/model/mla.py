@@ -8,15 +8,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from moe_ep.config import AttentionConfig
 from moe_ep.kernels.mla_decode import mla_decode
 from moe_ep.mesh import GPU
-from moe_ep.model.kv_cache import Lengths, Pages, append
+from moe_ep.model.kv_cache import Lengths, Pages, read, write
 from moe_ep.model.norm import RMSNorm, rotate
 from moe_ep.model.parameter import matrix, whole
-from moe_ep.shapes import Activations, Positions, Queries, Values
+from moe_ep.shapes import Activations, Mask, Positions, Queries, Values
+
+
+# Of a whole cache, as many positions as its pages hold.
+KeysOfCache = Float[Array, "b S H NO"]
+ValuesOfCache = Float[Array, "b S H U"]
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -76,8 +81,41 @@ class MultiHeadLatentAttention(nnx.Module):
         attended = attend(queries, keys, values, self.scale)
         return jnp.einsum("bshu,hud->bsd", attended, whole(self.output, self.dtype)), cached
 
+    def extend(
+        self, x: Activations, cached: Float[Array, "n rows W"], pages: Pages, starts: Lengths, valid: Mask
+    ) -> tuple[Activations, Float[Array, "n rows W"]]:
+        """Attends a chunk of each prompt over the cache before it and causally to itself, keys and values expanded.
+
+        Expanding costs a cached row once a chunk, absorbing costs it once a token of
+        the chunk: with the reference model expanding is cheaper from about 50 tokens,
+        with DeepSeek-V3's latent from about 60.
+
+        Args:
+          x: the chunks.
+          cached: pages of rows.
+          pages: of each sequence.
+          starts: tokens that the cache holds of each; the position of its chunk's first token.
+          valid: the tokens that are some; the others write nothing and their outputs mean nothing.
+
+        Returns:
+          The output, and the cache with the chunks' rows.
+        """
+        positions = starts[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+        queries = self.make_queries(x, positions)
+        cached = write(cached, pages, positions, self.compress(x, positions), valid)
+        keys, values = self.expand(read(cached, pages))
+        row = jnp.arange(keys.shape[1], dtype=jnp.int32)
+        allowed = row[None, None, :] <= positions[:, :, None]
+        attended = MASKED_ATTENTIONS[self.config.implementation](queries, keys, values, self.scale, allowed)
+        return jnp.einsum("bshu,hud->bsd", attended, whole(self.output, self.dtype)), cached
+
     def decode(
-        self, x: Float[Array, "b 1 D"], cached: Float[Array, "n rows W"], pages: Pages, lengths: Lengths
+        self,
+        x: Float[Array, "b 1 D"],
+        cached: Float[Array, "n rows W"],
+        pages: Pages,
+        lengths: Lengths,
+        active: Mask | None = None,
     ) -> tuple[Float[Array, "b 1 D"], Float[Array, "n rows W"]]:
         """Attends one new token a sequence over its cache, absorbed: keys and values are never expanded.
 
@@ -86,16 +124,18 @@ class MultiHeadLatentAttention(nnx.Module):
           cached: pages of rows.
           pages: of each sequence.
           lengths: tokens that the cache holds of each; the new one's position.
+          active: the sequences that there are; the others read and write no row. None: all.
 
         Returns:
           The output, and the cache with the new tokens' rows.
         """
         positions = lengths[:, None]
         nope, rope = jnp.split(self.make_queries(x, positions)[:, 0], [self.config.nope_dim], axis=-1)
-        cached = append(cached, pages, lengths, self.compress(x, positions)[:, 0])
+        cached = write(cached, pages, positions, self.compress(x, positions), active)
+        read_rows = lengths + 1 if active is None else jnp.where(active[:, 0], lengths + 1, 0)
         up_keys, up_values = jnp.split(whole(self.up, self.dtype), [self.config.nope_dim], axis=-1)
         q_latent = jnp.einsum("bhn,zhn->bhz", nope, up_keys)
-        attended = mla_decode(q_latent, rope, cached, lengths + 1, scale=self.scale, pages=pages)
+        attended = mla_decode(q_latent, rope, cached, read_rows, scale=self.scale, pages=pages)
         values = jnp.einsum("bhz,zhu->bhu", attended, up_values)
         return jnp.einsum("bhu,hud->bd", values, whole(self.output, self.dtype))[:, None], cached
 
@@ -131,11 +171,8 @@ class MultiHeadLatentAttention(nnx.Module):
 
 def attend_xla(queries: Queries, keys: Queries, values: Values, scale: float) -> Values:
     """Causal attention as two matrix products around a float32 softmax; holds all scores in memory."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32) * scale
     row = jnp.arange(queries.shape[1])
-    allowed = (row[:, None] >= row[None, :])[None, None]
-    share = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bhqk,bkhu->bqhu", share.astype(values.dtype), values)
+    return attend_masked_xla(queries, keys, values, scale, (row[:, None] >= row[None, :])[None])
 
 
 def attend_cudnn(queries: Queries, keys: Queries, values: Values, scale: float) -> Values:
@@ -148,4 +185,26 @@ def attend_cudnn(queries: Queries, keys: Queries, values: Values, scale: float) 
     return attended[..., : values.shape[-1]]
 
 
+def attend_masked_xla(
+    queries: Queries, keys: KeysOfCache, values: ValuesOfCache, scale: float, allowed: Bool[Array, "#b s S"]
+) -> Values:
+    """Attention of each query to the keys it is allowed; holds all scores in memory."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32) * scale
+    share = jax.nn.softmax(jnp.where(allowed[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhqk,bkhu->bqhu", share.astype(values.dtype), values)
+
+
+def attend_masked_cudnn(
+    queries: Queries, keys: KeysOfCache, values: ValuesOfCache, scale: float, allowed: Bool[Array, "#b s S"]
+) -> Values:
+    """Attention of each query to the keys it is allowed, fused by cuDNN."""
+    missing = keys.shape[-1] - values.shape[-1]
+    padded = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    attended = jax.nn.dot_product_attention(
+        queries, keys, padded, mask=allowed[:, None], scale=scale, implementation="cudnn"
+    )
+    return attended[..., : values.shape[-1]]
+
+
 ATTENTIONS = {"xla": attend_xla, "cudnn": attend_cudnn}
+MASKED_ATTENTIONS = {"xla": attend_masked_xla, "cudnn": attend_masked_cudnn}

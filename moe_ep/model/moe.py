@@ -14,7 +14,7 @@ from moe_ep.kernels.grouped_matmul import ExpertWeights, RowGroups, expert_mlp
 from moe_ep.mesh import EXPERT
 from moe_ep.model.parameter import matrix
 from moe_ep.model.router import Router, Routing
-from moe_ep.shapes import Activations, Choices, ExpertCounts, RouterBias, Rows, Scalar, TokenRows
+from moe_ep.shapes import Activations, Choices, ExpertCounts, Mask, RouterBias, Rows, Scalar, TokenRows
 
 
 class MoEReport(NamedTuple):
@@ -100,7 +100,12 @@ class MoE(nnx.Module):
             )
 
     def __call__(
-        self, x: Activations, bias: RouterBias, dispatch: DispatchConfig, replay: Choices | None = None
+        self,
+        x: Activations,
+        bias: RouterBias,
+        dispatch: DispatchConfig,
+        replay: Choices | None = None,
+        valid: Mask | None = None,
     ) -> tuple[Activations, MoEReport]:
         """Routes this device's tokens through the whole layer's experts.
 
@@ -109,9 +114,13 @@ class MoE(nnx.Module):
           bias: the balance bias, used for the choice only.
           dispatch: how rows travel, and the waves of this program.
           replay: choices to use instead of the router's own.
+          valid: the tokens that are some; the others are sent nowhere and not counted. None: all.
         """
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.route(tokens, bias, replay)
+        if valid is not None:
+            nowhere = jnp.int32(self.config.num_experts)
+            routing = routing._replace(choices=jnp.where(valid.reshape(-1, 1), routing.choices, nowhere))
         exchange = self.exchange(tokens.shape[0], dispatch)
         combined, counts = exchange_rows(tokens, routing.choices, routing.weights, self.experts, exchange)
         output = combined.reshape(x.shape)

@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Int32
 
 from moe_ep.config import DispatchConfig, ModelConfig
 from moe_ep.dispatch.exchange import CROSSED
 from moe_ep.model.block import AttentionHalf, DenseBlock, MoEBlock
-from moe_ep.model.decode import decode_blocks, prefill_blocks
+from moe_ep.model.decode import decode_blocks, extend_blocks, prefill_blocks
 from moe_ep.model.kv_cache import LatentCache, Lengths, Pages, own_pages
 from moe_ep.model.moe import MoEReport
 from moe_ep.model.norm import RMSNorm
 from moe_ep.model.parameter import matrix, stack
 from moe_ep.model.staggered import scan_staggered
-from moe_ep.shapes import Activations, Logits, Positions, Tokens
+from moe_ep.shapes import Activations, Logits, Mask, Positions, Tokens
 
 
 class Transformer(nnx.Module):
@@ -94,8 +94,37 @@ class Transformer(nnx.Module):
         """
         x = self.embed(tokens)
         x, cache, reports = prefill_blocks(x, _positions(x), self.dense, self.moe, bias, dispatch, replay)
-        last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-        return self.logits(self.norm(last))[:, 0], cache, reports
+        return self._logits_of_last(x, lengths), cache, reports
+
+    def extend(
+        self,
+        tokens: Tokens,
+        counts: Lengths,
+        cache: LatentCache,
+        starts: Lengths,
+        bias: Float32[Array, "L E"],
+        dispatch: DispatchConfig,
+        pages: Pages,
+    ) -> tuple[Float32[Array, "b V"], LatentCache, MoEReport]:
+        """Runs the next chunk of each prompt; one program serves all prompts and places in them.
+
+        Args:
+          tokens: the chunks.
+          counts: tokens of each chunk, 0 for none; what stands behind them is sent to
+            no expert, counted nowhere and not cached.
+          cache: of the tokens before; donate it. Its rows from `starts` on are written.
+          starts: tokens before the chunk.
+          bias: the balance bias of every MoE layer.
+          dispatch: how rows travel, and the waves of this program; not "staggered".
+          pages: of each sequence in the cache, in order.
+
+        Returns:
+          The logits of each chunk's last token; the cache; every MoE layer's report.
+        """
+        valid = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
+        x = self.embed(tokens)
+        x, cache, reports = extend_blocks(x, self.dense, self.moe, cache, pages, starts, valid, bias, dispatch)
+        return self._logits_of_last(x, counts), cache, reports
 
     def decode(
         self,
@@ -106,6 +135,7 @@ class Transformer(nnx.Module):
         dispatch: DispatchConfig,
         pages: Pages | None = None,
         replay: Int32[Array, "L b K"] | None = None,
+        active: Bool[Array, "b"] | None = None,
     ) -> tuple[Float32[Array, "b V"], LatentCache, MoEReport]:
         """Runs one new token of each sequence; one program serves all lengths.
 
@@ -117,14 +147,21 @@ class Transformer(nnx.Module):
           dispatch: how rows travel, and the waves of this program.
           pages: of each sequence in the cache, in order; None where each has a page to itself.
           replay: choices to use instead of the routers' own, where they are not negative.
+          active: the sequences that there are; the others' tokens are sent to no expert,
+            counted nowhere and not cached. None: all; "staggered" takes no other.
 
         Returns:
           The logits of the next token; the cache; every MoE layer's report.
         """
         pages = own_pages(cache) if pages is None else pages
         x = self.embed(tokens[:, None])
-        x, cache, reports = decode_blocks(x, self.dense, self.moe, cache, pages, lengths, bias, dispatch, replay)
+        mask: Mask | None = None if active is None else active[:, None]
+        x, cache, reports = decode_blocks(x, self.dense, self.moe, cache, pages, lengths, bias, dispatch, replay, mask)
         return self.logits(self.norm(x))[:, 0], cache, reports
+
+    def _logits_of_last(self, x: Activations, lengths: Lengths) -> Float32[Array, "b V"]:
+        last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+        return self.logits(self.norm(last))[:, 0]
 
     def embed(self, tokens: Tokens) -> Activations:
         """Returns the tokens' rows of the embedding."""
