@@ -155,11 +155,17 @@ class GenerateConfig:
 
     prompt: str = ""  # one prompt; "": prompt_file
     prompt_file: str = ""  # a prompt a line; "": standard input
+    # jsonl: a line is an object with "prompt" and, if it likes, "id", "max_tokens", "temperature",
+    # "top_k", "top_p", "seed". auto: a file named .jsonl is, everything else is text.
+    prompt_format: Literal["auto", "text", "jsonl"] = "auto"
     max_tokens: int = 64  # of a completion; the end of a text ends it earlier
     temperature: float = 0.0  # 0: always the most likely token
     top_k: int = 0  # draw from so many most likely tokens; 0: from all
     top_p: float = 1.0  # draw from the most likely tokens that together have this probability
-    sequences_per_device: int = 8  # at most, in one batch
+    sequences_per_device: int = 8  # that decode at once, at most
+    context: int | None = None  # tokens of the longest prompt and its completion; none: what the prompts need
+    prefill_tokens: int | None = None  # of a step on one device; none: the most that fits, up to 4096
+    cache_tokens_per_device: int | None = None  # none: the most that fits and is of use
 
 
 @dataclasses.dataclass(frozen=True)

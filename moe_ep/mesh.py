@@ -4,6 +4,7 @@
 layer's experts are spread. Tokens are split over all three.
 """
 
+import os
 from collections.abc import Sequence
 
 import jax
@@ -68,6 +69,15 @@ def peak_bytes(mesh: Mesh) -> int | None:
     """Returns the most bytes that this process's first device has held, None where it does not count (a CPU)."""
     statistics = mesh.local_devices[0].memory_stats()
     return statistics["peak_bytes_in_use"] if statistics else None
+
+
+def free_bytes(mesh: Mesh) -> float:
+    """Returns the bytes that each of this process's devices has free; emulated ones share half of the machine's."""
+    statistics = [device.memory_stats() for device in mesh.local_devices]
+    if all(statistics):
+        return min(each["bytes_limit"] - each["bytes_in_use"] for each in statistics)
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available / 2 / len(mesh.local_devices)
 
 
 def vary(tree: object) -> object:

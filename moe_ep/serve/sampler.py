@@ -1,24 +1,16 @@
 """The next token of each sequence, from its logits."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float32, Int32, UInt32
+from jaxtyping import Float32, Int32
+
+from moe_ep.serve.inputs import Sampling
 
 LogitRows = Float32[Array, "b V"]
 NextTokens = Int32[Array, "b"]
-
-
-class Sampling(NamedTuple):
-    """How each sequence's tokens are drawn."""
-
-    temperature: Float32[Array, "b"]  # 0: the most likely token
-    top_k: Int32[Array, "b"]  # of so many most likely tokens; 0: of all
-    top_p: Float32[Array, "b"]  # of the most likely tokens that together have this probability
-    seed: UInt32[Array, "b"]
 
 
 Sampler = Callable[[LogitRows, Sampling, Int32[Array, "b"]], NextTokens]
