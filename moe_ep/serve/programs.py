@@ -103,7 +103,7 @@ def make_programs(
 
     def decode(model: Transformer, bias: Array, newest: Array, cache: LatentCache, inputs: DecodeInputs) -> tuple:
         logits, cache, report = model.decode(
-            newest, cache, inputs.lengths, bias, dispatch, inputs.pages, inputs.active
+            newest, cache, inputs.lengths, bias, dispatch, inputs.pages, active=inputs.active
         )
         chosen = choose(logits, inputs.sampling, inputs.lengths + 1)
         return jnp.where(inputs.active, chosen, newest), cache, report

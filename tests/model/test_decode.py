@@ -52,6 +52,7 @@ class Served:
         self.bias = jnp.asarray(np.random.default_rng(1).normal(0.0, 0.01, (MODEL.moe_layers, 8)), jnp.float32)
         self.forward = self._program(self._forward, (TOKENS,), TOKENS)
         self.prefill = self._program(self._prefill, (TOKENS, TOKENS), (TOKENS, CACHE))
+        self.extend = self._program(self._extend, (TOKENS, TOKENS, CACHE, TOKENS, TOKENS), (TOKENS, CACHE, P()), donated=4)
         self.decode = self._program(self._decode, (TOKENS, CACHE, TOKENS, TOKENS), (TOKENS, CACHE, P()), donated=3)
 
     def _forward(self, model, bias, tokens):
@@ -59,6 +60,10 @@ class Served:
 
     def _prefill(self, model, bias, tokens, lengths):
         return model.prefill(tokens, lengths, bias, self.dispatch)[:2]
+
+    def _extend(self, model, bias, tokens, counts, cache, starts, pages):
+        logits, cache, report = model.extend(tokens, counts, cache, starts, bias, self.dispatch, pages)
+        return logits, cache, jax.lax.psum(jnp.sum(report.expert_counts), ALL_AXES)
 
     def _decode(self, model, bias, tokens, cache, lengths, pages):
         logits, cache, report = model.decode(tokens, cache, lengths, bias, self.dispatch, pages)
@@ -139,6 +144,28 @@ def test_pages_in_any_order_give_what_one_page_a_sequence_gives():
     in_pages = decode_along(served, tokens, 0 * lengths, STEPS, make_cache(MODEL, 4 * per_device * pages_each, rows), pages)
     for (expected, _), (logits, _) in zip(one_page, in_pages, strict=True):
         np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_prompts_in_chunks_give_the_logits_of_the_whole_sequence_and_count_only_their_tokens():
+    served, chunk, rows = Served(2), 5, 8
+    tokens, lengths = inputs(STEPS)
+    lengths = lengths + STEPS  # of one to 24 tokens: up to five chunks, others have ended long before
+    whole = served.forward(served.parameters, served.bias, tokens)
+    pages_each = -(-tokens.shape[1] // rows)
+    pages = np.random.default_rng(3).permuted(np.tile(np.arange(4 * pages_each), (2, 1)), axis=1).reshape(SEQUENCES, -1)
+    cache = jax.tree.map(lambda leaf: leaf + 1, make_cache(MODEL, SEQUENCES * pages_each, rows))
+    padded = np.pad(tokens, ((0, 0), (0, chunk)))
+    for start in range(0, tokens.shape[1], chunk):
+        counts = np.clip(lengths - start, 0, chunk).astype(np.int32)
+        starts = np.where(counts > 0, start, 0).astype(np.int32)
+        logits, cache, counted = served.extend(
+            served.parameters, served.bias, padded[:, start : start + chunk], counts, cache, starts, pages.astype(np.int32)
+        )
+        assert counted == MODEL.moe_layers * MODEL.moe.top_k * counts.sum()
+        ends = counts > 0
+        np.testing.assert_allclose(
+            np.asarray(logits)[ends], at(whole, np.maximum(start + counts - 1, 0))[ends], atol=1e-5
+        )
 
 
 def test_a_step_whose_routing_needs_more_waves_can_be_run_again_on_the_cache_that_came_back():
