@@ -16,6 +16,11 @@ from moe_ep.mesh import make_mesh
 from moe_ep.programs import COMPILER_OPTIONS, Program, make_program
 
 
+# Without a GPU autotuning measures nothing: it compiles candidates and takes the first, half of a training
+# step's compilation.
+_COMPILER_OPTIONS = {**COMPILER_OPTIONS, "xla_gpu_autotune_level": 0}
+
+
 class Compiled(NamedTuple):
     """A program compiled for absent GPUs, and what was read from it."""
 
@@ -51,11 +56,23 @@ def compile_program(config: Config) -> Compiled:
     program = program_of(config, mesh)
     begin = time.perf_counter()
     lowered = program.function.lower(*program.arguments)
-    compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
+    compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS)
     compile_s = time.perf_counter() - begin
     module = parse(compiled.as_text())
     memory = read_memory(compiled, module, program.arguments, config.cluster.device.memory_bytes)
     schedule = read_schedule(
-        module, config.cluster, gpus=gpus, program=config.aot.program, tokens_per_gpu=program.tokens_per_gpu
+        module,
+        config.cluster,
+        gpus=gpus,
+        program=config.aot.program,
+        tokens_per_gpu=program.tokens_per_gpu,
+        expert_rows=_expert_rows(config, program.tokens_per_gpu),
     )
     return Compiled(gpus, compile_s, module, memory, schedule, walk(schedule, make_estimates(config.cluster)))
+
+
+def _expert_rows(config: Config, tokens: int) -> float:
+    """Returns the rows with tokens in one call of the experts, under even routing: of one slice of one half batch."""
+    dispatch = config.dispatch
+    calls = dispatch.waves * (2 if dispatch.overlap == "staggered" else dispatch.chunks)
+    return tokens * config.model.moe.top_k / calls

@@ -58,6 +58,7 @@ def summarize(config: Config, compiled: Compiled) -> dict:
         },
         "collectives": [_collective(transfer) for transfer in timeline.transfers],
         "hidden_share": timeline.hidden_share(),
+        "hidden_share_bound": timeline.bound(),
         "hidden_share_all_collectives": timeline.hidden_share(exchanges_only=False),
         "predicted_step_s": timeline.step_s,
     }

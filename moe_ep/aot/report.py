@@ -51,7 +51,7 @@ def _overlap(config: Config, result: dict) -> list[str]:
     cluster = config.cluster
     lines = [
         f"predicted step {result['predicted_step_s'] * 1e3:.2f} ms; of dispatch and combine {result['hidden_share']:.1%} "
-        f"hidden, of all collectives {result['hidden_share_all_collectives']:.1%} "
+        f"hidden (bound {result['hidden_share_bound']:.1%}), of all collectives {result['hidden_share_all_collectives']:.1%} "
         f"({cluster.nics_per_node} NICs of {cluster.nic_gigabits_per_s:.0f} Gb/s per node)"
     ]
     if not result["fits"]:

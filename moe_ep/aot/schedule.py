@@ -6,6 +6,7 @@ per single execution, loops carry their trip count.
 """
 
 import dataclasses
+import math
 
 from moe_ep.aot.collectives import is_backward, read_collective, scope_of
 from moe_ep.aot.hlo import Computation, Instruction, Module, is_done, is_start, trip_count
@@ -16,7 +17,7 @@ FORMAT = "moe_ep.schedule/1"
 
 
 def read_schedule(
-    module: Module, cluster: ClusterConfig, *, gpus: int, program: str, tokens_per_gpu: int, expected_row_share: float = 1.0
+    module: Module, cluster: ClusterConfig, *, gpus: int, program: str, tokens_per_gpu: int, expert_rows: float = math.inf
 ) -> dict:
     """Returns the schedule of a compiled module.
 
@@ -26,10 +27,10 @@ def read_schedule(
       gpus: of the program.
       program: its name, reported only.
       tokens_per_gpu: reported only.
-      expected_row_share: the share of an expert kernel's rows that hold tokens under
-        even routing; kernels skip the tiles of the others.
+      expert_rows: rows with tokens in one call of the experts' kernels under even
+        routing; they skip the tiles of the buffer's other rows.
     """
-    reader = _Reader(module, cluster, gpus, expected_row_share)
+    reader = _Reader(module, cluster, gpus, expert_rows)
     reader.read(module.entry)
     return {
         "format": FORMAT,
@@ -46,9 +47,9 @@ def read_schedule(
 class _Reader:
     """Collects the computations that the entry reaches."""
 
-    def __init__(self, module: Module, cluster: ClusterConfig, gpus: int, expected_row_share: float):
+    def __init__(self, module: Module, cluster: ClusterConfig, gpus: int, expert_rows: float):
         self.module, self.cluster, self.gpus = module, cluster, gpus
-        self.expected_row_share = expected_row_share
+        self.expert_rows = expert_rows
         self.computations: dict[str, list[dict]] = {}
 
     def read(self, computation: Computation) -> str:
@@ -100,17 +101,16 @@ class _Reader:
     def _compute(self, computation: Computation, instruction: Instruction) -> dict | None:
         if instruction.opcode in FREE_OPCODES:
             return None
-        work = work_of(self.module, computation, instruction)
+        work = work_of(self.module, computation, instruction, self.expert_rows)
         op = _operation(instruction, work)
         op_name = self._op_name(instruction)
-        share = self.expected_row_share if op == "grouped_gemm" else 1.0
         return {
             "kind": "compute",
             "name": instruction.name,
             "op": op,
-            "flops": work.flops * share,
+            "flops": work.flops,
             "bytes": work.memory_bytes,
-            "gemms": [[round(gemm.rows * share), gemm.columns, gemm.inner, gemm.batch] for gemm in work.gemms],
+            "gemms": [[gemm.rows, gemm.columns, gemm.inner, gemm.batch] for gemm in work.gemms],
             "attention": dataclasses.asdict(work.attention) if work.attention else None,
             "dtype": next((shape.element for shape in instruction.shapes if shape.element != "s8"), ""),
             "scope": scope_of(op_name),
@@ -118,18 +118,19 @@ class _Reader:
         }
 
     def _op_name(self, instruction: Instruction) -> str:
-        """Some fusions have no name of their own: then that of the longest-named instruction in them."""
+        """A fusion may have no name of its own, or that of a slice: then the name in it with the longest scope."""
         inner = self.module.callee(instruction)
-        if instruction.op_name or inner is None:
+        if inner is None or scope_of(instruction.op_name):
             return instruction.op_name
-        return max((self._op_name(nested) for nested in inner.instructions), key=len, default="")
+        names = (self._op_name(nested) for nested in inner.instructions)
+        return max(names, key=lambda name: len(scope_of(name)), default="")
 
 
 def _operation(instruction: Instruction, work: Work) -> str:
     if work.attention:
         return "attention"
-    if "mosaic" in instruction.target:
-        return "grouped_gemm" if work.gemms else "attention" if "attention" in instruction.op_name else "other"
+    if work.gemms and "mosaic" in instruction.target:
+        return "grouped_gemm"
     return "gemm" if work.gemms else "other"
 
 

@@ -1,8 +1,10 @@
 """Two lanes, compute and network, walked in the compiler's order with estimated times.
 
 The compute lane runs instructions one after the other. A collective's start puts it
-on the network lane; its done holds the compute lane until the network has
-delivered. What the done did not have to wait for is hidden.
+on the network lane, which carries one at a time; its done holds the compute lane
+until the network has delivered. What compute waited is exposed, and it is the
+transfer that the network carried meanwhile that is exposed: not the one waited for,
+where that one queued behind another.
 """
 
 import dataclasses
@@ -10,6 +12,8 @@ from collections.abc import Callable
 
 # The stages whose traffic is the experts': what `hidden_share` is about.
 EXCHANGE_SCOPES = ("dispatch", "combine", "exchange")
+# The two halves of a MoE layer that an exchange can hide behind, by their scope.
+SIDES = ("attention", "experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,12 @@ class Event:
     body: str  # the computation, a loop's body, that it stands in
     start_s: float
     end_s: float
+
+    @property
+    def side(self) -> str:
+        """Of a compute event: which half of a MoE layer it belongs to, or neither (norms, router, packing)."""
+        names = self.scope.split("/")
+        return next((side for side in SIDES if side in names), "")
 
 
 @dataclasses.dataclass
@@ -77,6 +87,25 @@ class Timeline:
     transfers: list[Transfer]
     events: list[Event]
 
+    def bound(self) -> float:
+        """Returns the most of dispatch and combine that half a batch's attention or experts can stand over.
+
+        In every loop body half of the exchange has attention to hide behind and half
+        has the experts, as in moe_ep.model.staggered; what exceeds them is exposed in
+        any order. Exchanges in no loop, the ends of the stack, count as hidden.
+        """
+        exchanges = [t for t in self.transfers if t.is_exchange]
+        total = sum(t.seconds for t in exchanges)
+        exposed = sum(self._uncoverable_s(body) for body in {t.body for t in exchanges if t.count > 1})
+        return 1.0 - exposed / total if total else 1.0
+
+    def _uncoverable_s(self, body: str) -> float:
+        exchanges = [t for t in self.transfers if t.is_exchange and t.body == body]
+        half = sum(t.seconds for t in exchanges) / 2
+        work = [(e.side, e.end_s - e.start_s) for e in self.events if e.lane == "compute" and e.body == body]
+        covers = [exchanges[0].count * sum(seconds for side, seconds in work if side == wanted) for wanted in SIDES]
+        return sum(max(0.0, half - cover) for cover in covers)
+
     @property
     def network_s(self) -> float:
         return sum(transfer.seconds for transfer in self.transfers)
@@ -102,6 +131,7 @@ class _Walker:
         self.events: list[Event] = []
         self.compute_s = 0.0
         self.network_free_s = 0.0
+        self.lane: list[tuple[Transfer, float, float]] = []  # what the network carries, from when to when
 
     def walk(self, name: str, now: float, times: int) -> float:
         """Walks a computation that runs `times` times in a step; returns when its first run ends."""
@@ -114,9 +144,9 @@ class _Walker:
                 flying[entry["name"]] = self._start(entry, name, now, times)
             elif kind == "collective":
                 transfer, end = self._start(entry, name, now, times)
-                now = self._wait(transfer, end, now)
+                now = self._wait(end, now)
             elif kind == "collective_done":
-                now = self._wait(*flying.pop(entry["start"]), now)
+                now = self._wait(flying.pop(entry["start"])[1], now)
             else:
                 now = self._enter(entry, now, times)
         return now
@@ -158,10 +188,14 @@ class _Walker:
             covered_by=[],
         )
         self.transfers.append(transfer)
+        self.lane.append((transfer, begin, begin + seconds))
         self.events.append(Event("network", entry["name"], entry["op"], entry["scope"], body, begin, begin + seconds))
         return transfer, begin + seconds
 
-    @staticmethod
-    def _wait(transfer: Transfer, end: float, now: float) -> float:
-        transfer.exposed_s = max(0.0, end - now) * transfer.count
-        return max(now, end)
+    def _wait(self, end: float, now: float) -> float:
+        """Waits until the network has delivered; what it carries meanwhile is exposed."""
+        for transfer, begins, ends in self.lane:
+            transfer.exposed_s += max(0.0, min(ends, end) - max(begins, now)) * transfer.count
+        now = max(now, end)
+        self.lane = [carried for carried in self.lane if carried[2] > now]
+        return now

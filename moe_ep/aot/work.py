@@ -7,7 +7,8 @@ shapes in the module's text.
 import dataclasses
 import math
 
-from moe_ep.aot.hlo import Computation, Instruction, Module, Shape
+from moe_ep.aot.hlo import Computation, Instruction, Module, Shape, element_bytes
+from moe_ep.kernels.mla_decode.block import ROWS
 
 # Bookkeeping: no kernel runs for these.
 FREE_OPCODES = frozenset({
@@ -19,6 +20,7 @@ _SLICES = frozenset({"dynamic-slice", "slice"})
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
 _CUBLAS = "__cublas$"
 _CUDNN_ATTENTION = "__cudnn$fmha"
+_KERNEL = "mosaic"
 # Products of an attention pass in units of the forward's two: the backward pass makes
 # the scores again and then dV, dP, dQ and dK, five products for two.
 _ATTENTION_BACKWARD = 2.5
@@ -46,6 +48,8 @@ class Attention:
     context: int
     head_dim: int
     backward: bool
+    # (sequences, context, heads) of one new token a sequence over the cache of latents.
+    absorbed: tuple[int, int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +65,22 @@ class Work:
         return sum(gemm.flops for gemm in self.gemms) + (self.attention.flops if self.attention else 0.0)
 
 
-def work_of(module: Module, computation: Computation, instruction: Instruction) -> Work:
-    """Returns the work of one instruction; loops, calls and collectives are walked by the caller."""
+def work_of(
+    module: Module, computation: Computation, instruction: Instruction, expert_rows: float = math.inf
+) -> Work:
+    """Returns the work of one instruction; loops, calls and collectives are walked by the caller.
+
+    Args:
+      module: the instruction's module.
+      computation: the instruction's computation.
+      instruction: any instruction.
+      expert_rows: rows with tokens in one call of the experts' kernels, which skip the
+        tiles of the buffer's other rows.
+    """
     if instruction.opcode in FREE_OPCODES or instruction.opcode.endswith("-done"):
         return Work()
+    if instruction.opcode == "custom-call" and _KERNEL in instruction.target:
+        return _kernel_work(computation, instruction, expert_rows)
     bytes_moved = memory_bytes(module, computation, instruction)
     if instruction.opcode == "custom-call" and instruction.target.startswith(_CUDNN_ATTENTION):
         return Work((), cudnn_attention(computation, instruction), bytes_moved)
@@ -72,7 +88,7 @@ def work_of(module: Module, computation: Computation, instruction: Instruction) 
 
 
 def gemms_of(module: Module, computation: Computation, instruction: Instruction) -> list[Gemm]:
-    """Returns the matrix products of an instruction, those inside a fusion included."""
+    """Returns the matrix products of an instruction, those inside a fusion included, kernels' apart."""
     if instruction.opcode == "dot":
         return [_dot(computation, instruction, *_dot_numbers(instruction))]
     if instruction.opcode == "custom-call" and instruction.target.startswith(_CUBLAS):
@@ -81,8 +97,6 @@ def gemms_of(module: Module, computation: Computation, instruction: Instruction)
             tuple(int(d) for d in numbers.get(f"lhs_{kind}_dimensions", ())) for kind in ("contracting", "batch")
         )
         return [_dot(computation, instruction, contracting, batch)]
-    if instruction.opcode == "custom-call" and "mosaic" in instruction.target:
-        return _kernel_gemms(computation, instruction)
     inner = module.callee(instruction)
     if inner is None:
         return []
@@ -102,36 +116,45 @@ def _dot(computation: Computation, instruction: Instruction, contracting, batch)
     return Gemm(rows, columns, inner, batches)
 
 
-def _kernel_gemms(computation: Computation, instruction: Instruction) -> list[Gemm]:
-    """A Pallas kernel's product, from its largest matrices: [R, K] and [.., K, N] give [R, N].
+def _kernel_work(computation: Computation, instruction: Instruction, expert_rows: float) -> Work:
+    """The work of one of this project's kernels; of one whose operands fit none of them, its bytes alone."""
+    operands = [shape for shape in computation.operand_shapes(instruction) if shape.element != "s32"]
+    if "attention" in instruction.op_name:
+        return _cache_read(computation, instruction)
+    rows = [shape for shape in operands if len(shape.dimensions) == 2]
+    weights = [shape for shape in (*operands, *instruction.shapes) if len(shape.dimensions) == 3]
+    if not rows or not weights:
+        return Work((), None, _plain_bytes(computation, instruction))
+    held = rows[0].dimensions[0]
+    count = int(min(held, expert_rows))
+    by_rows = rows + [shape for shape in instruction.shapes if len(shape.dimensions) == 2]
+    touched = sum(shape.bytes for shape in weights) + sum(shape.bytes for shape in by_rows) * count / held
+    return Work(tuple(_expert_gemms(rows, weights, instruction, count)), None, touched)
 
-    An upper bound where the kernel skips tiles; empty when no operands fit that form.
-    """
-    operands = [shape for shape in computation.operand_shapes(instruction) if len(shape.dimensions) >= 2]
-    operands.sort(key=lambda shape: -shape.elements)
-    for result in sorted(instruction.shapes, key=lambda shape: -shape.elements):
-        for left in operands:
-            gemm = _matching_gemm(left, operands, result)
-            if gemm is not None:
-                return [gemm]
-    return []
+
+def _expert_gemms(rows: list[Shape], weights: list[Shape], instruction: Instruction, count: int) -> list[Gemm]:
+    """The products of an expert kernel (moe_ep.kernels.grouped_matmul.steps) on `count` rows, one a weight."""
+    if weights[0] not in instruction.shapes:
+        return [_rows_by_weights(count, rows[0].dimensions[1], weight) for weight in weights]
+    # The weight gradient: [R, K] and [R, N] give [G, K, N], contracted over each group's rows.
+    groups, inner, columns = weights[0].dimensions
+    return [Gemm(inner, columns, max(1, count // groups), groups) for _ in weights]
 
 
-def _matching_gemm(left: Shape, operands: list[Shape], result: Shape) -> Gemm | None:
-    if len(left.dimensions) != 2 or len(result.dimensions) < 2:
-        return None
-    rows, inner = left.dimensions
-    for right in operands:
-        if right is left:
-            continue
-        # NN and NT: result [rows, columns].
-        for depth, columns in (right.dimensions[-2:], right.dimensions[:-3:-1]):
-            if depth == inner and result.dimensions == (rows, columns):
-                return Gemm(rows, columns, inner)
-        # The weight gradient: both operands have the rows, result [.., inner, columns].
-        if right.dimensions[0] == rows and result.dimensions[-2:] == (inner, right.dimensions[-1]):
-            return Gemm(inner, right.dimensions[-1], rows)
-    return None
+def _rows_by_weights(count: int, inner: int, weight: Shape) -> Gemm:
+    """[R, K] by [G, K, N], or by the transposed [G, N, K]: a group has R / G rows."""
+    groups, *sides = weight.dimensions
+    return Gemm(max(1, count // groups), sides[1] if sides[0] == inner else sides[0], inner, groups)
+
+
+def _cache_read(computation: Computation, instruction: Instruction) -> Work:
+    """The absorbed attention kernel: every sequence's pages of ROWS latents are read once, not the whole cache."""
+    queries, _, cache, pages = computation.operand_shapes(instruction)[:4]
+    sequences, heads, latent = queries.dimensions
+    context, width = pages.dimensions[1] * ROWS, cache.dimensions[1]
+    flops = 2.0 * sequences * context * heads * (width + latent)
+    touched = sequences * context * width * element_bytes(cache.element) + 2 * queries.bytes
+    return Work((), Attention(flops, context, width, False, (sequences, context, heads)), touched)
 
 
 def cudnn_attention(computation: Computation, instruction: Instruction) -> Attention:
@@ -162,8 +185,8 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
 def _plain_bytes(computation: Computation, instruction: Instruction) -> float:
     if instruction.opcode in _SLICES:
         return 2.0 * instruction.bytes
-    if instruction.opcode == "dynamic-update-slice":
-        return 2.0 * computation.by_name[instruction.operands[1]].bytes
+    if instruction.opcode in _IN_PLACE:
+        return 2.0 * computation.by_name[instruction.operands[_IN_PLACE[instruction.opcode]]].bytes
     results = [shape for shape in instruction.shapes if shape.element != "s8"]  # s8: a library's scratch space
     return sum(s.bytes for s in computation.operand_shapes(instruction)) + sum(s.bytes for s in results)
 

@@ -23,6 +23,8 @@ def works_of(entry: Entry, row_share: Number = 1.0) -> list[Work]:
       row_share: the share of a product's rows that its kernel does not skip.
     """
     if attention := entry.get("attention"):
+        if absorbed := attention.get("absorbed"):
+            return [Work("mla_decode", "bf16", attention["flops"], entry["bytes"], tuple(absorbed))]
         op = "attention_backward" if attention["backward"] else "attention"
         return [Work(op, "bf16", attention["flops"], entry["bytes"], (attention["context"], attention["head_dim"]))]
     dtype = "fp8" if entry.get("dtype", "").startswith("f8") else "bf16"
@@ -41,10 +43,12 @@ def is_experts(entry: Entry) -> bool:
 
 def _expert_product(entry: Entry, product: list[Number], row_share: Number) -> Work:
     """A kernel over groups of rows: how many weight matrices it has is what its bytes exceed the rows' by."""
-    rows, columns, inner, _ = product
+    rows, columns, inner, batch = product
     if entry["scope"].endswith("weight_gradient"):  # [inner, rows] x [inner, columns]: the long side is contracted
+        inner *= batch
         groups = max(round((entry["bytes"] / 2 - inner * (rows + columns)) / (rows * columns)), 1)
         return gemm(inner * row_share / groups, rows, columns, "bf16", groups).of_weight_gradient()
+    rows *= batch
     groups = max(round((entry["bytes"] / 2 - rows * (inner + columns)) / (inner * columns)), 1)
     return gemm(rows * row_share / groups, inner, columns, "bf16", groups)
 

@@ -54,7 +54,8 @@ def compare(config: Config, compiled: dict[str, typing.Any]) -> dict[str, Number
 
 def row_share(compiled: dict[str, typing.Any], model: ModelConfig) -> Number:
     """Returns the share of the experts' rows that hold tokens, were routing even: kernels skip the others."""
-    allocated = sum(times * entry["gemms"][0][0] for entry, times in _expert_products(compiled, compiled["entry"], 1))
+    products = _expert_products(compiled, compiled["entry"], 1)
+    allocated = sum(times * rows * groups for entry, times in products for rows, _, _, groups in entry["gemms"][:1])
     needed = compiled["tokens_per_gpu"] * model.moe.top_k * model.moe_layers * _PRODUCTS
     return min(needed / allocated, 1.0) if allocated else 1.0
 

@@ -7,6 +7,7 @@ from moe_ep.aot.collectives import replica_groups, scope_of
 from moe_ep.aot.hlo import parse, trip_count
 from moe_ep.aot.schedule import read_schedule
 from moe_ep.aot.timeline import Estimates, walk
+from moe_ep.aot.work import Gemm, work_of
 from moe_ep.config import ClusterConfig
 
 # A loop of three passes: an all-to-all over 16 GPUs stands over one of two products.
@@ -72,6 +73,91 @@ def test_what_a_done_waits_for_is_exposed(network_s, exposed_s, step_s):
     assert timeline.step_s == step_s
     assert timeline.hidden_share() == pytest.approx(1.0 - exposed_s / (3 * network_s))
     assert [work[0] for work in transfer.covered_by] == ["product"]
+
+
+def scheduled(*entries):
+    return {"entry": "main", "computations": {"main": list(entries)}}
+
+
+def transfer_entry(kind, name, scope):
+    same = {"op": "all_to_all", "backward": False, "groups": 1, "group_size": 16}
+    return {"kind": kind, "name": name, "scope": scope, "sent_same_node_bytes": 0, "sent_other_node_bytes": 1, **same}
+
+
+def test_a_wait_is_charged_to_what_the_network_carries_meanwhile():
+    schedule = scheduled(
+        transfer_entry("collective_start", "rows", "moe/dispatch"),
+        transfer_entry("collective_start", "counts", "moe/counts"),
+        {"kind": "compute", "name": "gemm", "op": "gemm", "scope": ""},
+        {"kind": "collective_done", "name": "counts.done", "start": "counts"},
+        {"kind": "collective_done", "name": "rows.done", "start": "rows"},
+    )
+    timeline = walk(schedule, Estimates(lambda _: 1.0, lambda entry: 4.0 if entry["name"] == "rows" else 0.5))
+    # Compute ends at 1, rows at 4 and, behind them, the counts at 4.5.
+    assert {t.name: t.exposed_s for t in timeline.transfers} == {"rows": 3.0, "counts": 0.5}
+    assert timeline.step_s == 4.5
+    assert timeline.hidden_share() == 0.25
+
+
+def layer(*work_s, exchange_s):
+    """A timeline of two layers whose bodies hold two exchanges and (scope, seconds) of work, all in a row."""
+    body = [transfer_entry("collective", name, f"moe/{name}") for name in ("dispatch", "combine")]
+    body += [{"kind": "compute", "name": scope, "op": "gemm", "scope": scope, "s": s} for scope, s in work_s]
+    schedule = scheduled({"kind": "loop", "name": "layers", "body": "body", "trip_count": 2})
+    schedule["computations"]["body"] = body
+    return walk(schedule, Estimates(lambda entry: entry["s"], lambda _: exchange_s))
+
+
+@pytest.mark.parametrize(("exchange_s", "bound"), [(1.0, 1.0), (2.0, 0.75), (8.0, 4 / 16)])
+def test_the_bound_gives_attention_and_experts_half_of_the_exchange_each(exchange_s, bound):
+    timeline = layer(("attention", 1.0), ("moe/experts", 3.0), ("moe/router", 9.0), exchange_s=exchange_s)
+    assert timeline.bound() == pytest.approx(bound)
+    assert timeline.hidden_share() == 0
+
+
+KERNELS = """HloModule kernels, is_scheduled=true
+
+%rows_in_place (p.0: bf16[100,8], p.1: s32[4,1], p.2: bf16[4,8]) -> bf16[100,8] {
+  %p.0 = bf16[100,8]{1,0} parameter(0)
+  %p.1 = s32[4,1]{1,0} parameter(1)
+  %p.2 = bf16[4,8]{1,0} parameter(2)
+  ROOT %scatter = bf16[100,8]{1,0} scatter(%p.0, %p.1, %p.2), to_apply=%add
+}
+
+ENTRY %main (x: bf16[64,16], d: bf16[64,32], w: bf16[4,16,32], g: bf16[4,16,32], c: bf16[100,8], i: s32[4,1], u: bf16[4,8]) -> bf16[64,32] {
+  %x = bf16[64,16]{1,0} parameter(0)
+  %d = bf16[64,32]{1,0} parameter(1)
+  %w = bf16[4,16,32]{2,1,0} parameter(2)
+  %g = bf16[4,16,32]{2,1,0} parameter(3)
+  %c = bf16[100,8]{1,0} parameter(4)
+  %i = s32[4,1]{1,0} parameter(5)
+  %u = bf16[4,8]{1,0} parameter(6)
+  %append = bf16[100,8]{1,0} fusion(%c, %i, %u), kind=kInput, calls=%rows_in_place
+  %back = bf16[64,16]{1,0} custom-call(%d, %w), custom_call_target="mosaic_gpu_v2"
+  %weights = bf16[4,16,32]{2,1,0} custom-call(%i, %x, %d), custom_call_target="mosaic_gpu_v2"
+  ROOT %forward = bf16[64,32]{1,0} custom-call(%i, %x, %w, %g), custom_call_target="mosaic_gpu_v2"
+}
+"""
+
+
+def kernel_work(name, **rows):
+    module = parse(KERNELS)
+    return work_of(module, module.entry, module.entry.by_name[name], **rows)
+
+
+def test_expert_kernels_have_a_product_for_each_weight_on_the_rows_with_tokens():
+    assert kernel_work("forward").gemms == (Gemm(16, 32, 16, 4),) * 2
+    assert kernel_work("back").gemms == (Gemm(16, 16, 32, 4),)
+    assert kernel_work("weights").gemms == (Gemm(16, 32, 16, 4),)
+    # Half of the buffer's rows hold tokens: half of the FLOPs, all of the weights' bytes.
+    half = kernel_work("forward", expert_rows=32)
+    assert half.gemms == (Gemm(8, 32, 16, 4),) * 2
+    assert half.memory_bytes == 2 * 4 * 16 * 32 * 2 + (64 * 16 + 64 * 32) * 2 / 2
+
+
+def test_rows_written_in_place_cost_their_own_bytes_only():
+    # Indices, rows read and rows written; not the 100 rows that stay.
+    assert kernel_work("append").memory_bytes == 4 * 4 + 4 * 8 * 2 + 4 * 8 * 2
 
 
 @pytest.mark.parametrize(
