@@ -25,6 +25,7 @@ config = Config(
         layers=3,
         dense_layers=1,
         remat="none",
+        unroll=True,
         attention=AttentionConfig(latent_dim=512, nope_dim=56, rope_dim=64),
         moe=MoEConfig(num_experts=8, top_k=2),
     ),
@@ -37,6 +38,6 @@ config = Config(
         sequence=2048,
         checkpoint_every=0,
         sample_tokens=0,
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=20),
+        optimizer=OptimizerConfig(learning_rate=3e-5, warmup_steps=30),
     ),
 )

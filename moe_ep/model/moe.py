@@ -26,9 +26,6 @@ class MoEReport(NamedTuple):
     z_loss: Scalar  # sum over this device's tokens of logsumexp(logits)^2
 
 
-_ACTIVATIONS = {"gelu": lambda gate: jax.nn.gelu(gate, approximate=True), "silu_gated": jax.nn.silu}
-
-
 class DenseMLP(nnx.Module):
     """A feed-forward layer that every token meets, without biases."""
 
@@ -50,11 +47,11 @@ class DenseMLP(nnx.Module):
             self.w_gate = matrix(keys[2], (width, hidden), (None, None), fan_in=width)
 
     def __call__(self, x: Activations) -> Activations:
-        hidden = x @ self.w_in[...].astype(self.dtype)
-        gate = x @ self.w_gate[...].astype(self.dtype) if self.activation == "silu_gated" else hidden
-        activated = _ACTIVATIONS[self.activation](gate.astype(jnp.float32)).astype(self.dtype)
-        hidden = activated * hidden if self.activation == "silu_gated" else activated
-        return hidden @ self.w_out[...].astype(self.dtype)
+        gate = self.w_gate[...].astype(self.dtype)[None] if self.activation == "silu_gated" else None
+        weights = ExpertWeights(self.w_in[...].astype(self.dtype)[None], self.w_out[...].astype(self.dtype)[None], gate)
+        rows = x.reshape(-1, x.shape[-1])
+        groups = RowGroups(jnp.zeros(1, jnp.int32), jnp.int32(1))  # one expert with all rows
+        return expert_mlp(rows, weights, groups, activation=self.activation).reshape(x.shape)
 
 
 class Experts(nnx.Module):

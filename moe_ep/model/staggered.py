@@ -83,6 +83,7 @@ def scan_staggered(
     extras: Any,
     remember: Callable,
     dispatch: DispatchConfig,
+    unroll: bool = False,
 ) -> tuple[Activations, MoEReport, Any]:
     """Runs a stack of MoE blocks on the two halves of a batch.
 
@@ -95,6 +96,7 @@ def scan_staggered(
       extras: what attend takes, every leaf [L, b, ...], or None.
       remember: wraps a layer's body: what its backward pass keeps.
       dispatch: how rows travel, and the waves of this program.
+      unroll: write the layers out instead of looping.
 
     Returns:
       The blocks' output; every layer's report; what attend left, leaves [L, b, ...].
@@ -112,10 +114,25 @@ def scan_staggered(
     layers = (blocks, bias, _split(replay), _split(extras))
     one_layer = jax.tree.map(lambda leaf: leaf[0], layers)
     computed = jax.tree.map(_zeros, jax.eval_shape(body.compute_one, first, one_layer))
-    (first, second, computed), (reports, kept) = jax.lax.scan(remember(body), (first, second, computed), layers)
+    (first, second, computed), (reports, kept) = over_layers(
+        remember(body), (first, second, computed), layers, unroll
+    )
     with jax.named_scope("moe"):
         second = exchanger.add(second, exchanger.move_back(computed), computed)
     return jnp.concatenate([first, second]), reports, kept
+
+
+def over_layers(step: Callable, carry: Any, layers: Any, unroll: bool) -> tuple[Any, Any]:
+    """Returns what `jax.lax.scan(step, carry, layers)` does, written out layer by layer if asked."""
+    if not unroll:
+        return jax.lax.scan(step, carry, layers)
+    outputs = []
+    for index in range(jax.tree.leaves(layers)[0].shape[0]):
+        # A static slice: its transpose is padding, which joins the pass that reads the gradient.
+        layer = jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, index, keepdims=False), layers)  # noqa: B023
+        carry, output = step(carry, layer)
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
 @dataclasses.dataclass(frozen=True)

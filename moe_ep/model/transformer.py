@@ -17,7 +17,7 @@ from moe_ep.model.kv_cache import LatentCache, Lengths, Pages, own_pages
 from moe_ep.model.moe import MoEReport
 from moe_ep.model.norm import RMSNorm
 from moe_ep.model.parameter import matrix, stack
-from moe_ep.model.staggered import scan_staggered
+from moe_ep.model.staggered import over_layers, scan_staggered
 from moe_ep.shapes import Activations, Logits, Mask, Positions, Tokens
 
 
@@ -65,9 +65,9 @@ class Transformer(nnx.Module):
             return block(x, positions), None
 
         if self.dense is not None:
-            x, _ = jax.lax.scan(dense_step, x, self.dense)
+            x, _ = over_layers(dense_step, x, self.dense, self.config.unroll)
         scan_blocks = _OVERLAPS[dispatch.overlap]
-        x, reports = scan_blocks(x, self.moe, bias, replay, remember, dispatch)
+        x, reports = scan_blocks(x, self.moe, bias, replay, remember, dispatch, self.config.unroll)
         return self.norm(x), reports
 
     def prefill(
@@ -166,13 +166,33 @@ class Transformer(nnx.Module):
     def embed(self, tokens: Tokens) -> Activations:
         """Returns the tokens' rows of the embedding."""
         with jax.named_scope("embedding"):
-            return self.embedding[...].astype(jnp.dtype(self.config.dtype))[tokens]
+            # Gathered before rounding: the gradient adds a token's rows up in float32.
+            return self.embedding[...][tokens].astype(jnp.dtype(self.config.dtype))
 
     def logits(self, hidden: Activations) -> Logits:
         """Returns float32 logits over the vocabulary."""
         with jax.named_scope("head"):
             head = self.head[...].astype(hidden.dtype)
             return jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=jnp.float32)
+
+
+# Used in float32, whatever the computation's type: small, and choices hang on them; or read by the row.
+_FLOAT32 = ("router", "gain", "embedding")
+
+
+def for_computation(parameters: Transformer) -> Transformer:
+    """Returns the parameters with every matrix in the type of the computation, as its products read it.
+
+    Differentiating at these gives gradients of their types, each rounded once as its product is written.
+    """
+    dtype = jnp.dtype(parameters.config.dtype)
+
+    def cast(path: tuple, leaf: Array) -> Array:
+        kept = any(part in jax.tree_util.keystr(path) for part in _FLOAT32)
+        return leaf if kept else leaf.astype(dtype)
+
+    with jax.named_scope("cast_parameters"):
+        return jax.tree_util.tree_map_with_path(cast, parameters)
 
 
 def _positions(x: Activations) -> Positions:
@@ -186,6 +206,7 @@ def _scan_whole(
     replay: Array | None,
     remember: Callable,
     dispatch: DispatchConfig,
+    unroll: bool,
 ) -> tuple[Activations, MoEReport]:
     positions = _positions(x)
 
@@ -194,7 +215,7 @@ def _scan_whole(
         block, bias, replay = layer
         return block(x, positions, bias, dispatch, replay)
 
-    return jax.lax.scan(step, x, (blocks, bias, replay))
+    return over_layers(step, x, (blocks, bias, replay), unroll)
 
 
 def _scan_halves(
@@ -204,11 +225,12 @@ def _scan_halves(
     replay: Array | None,
     remember: Callable,
     dispatch: DispatchConfig,
+    unroll: bool,
 ) -> tuple[Activations, MoEReport]:
     def attend(half: AttentionHalf, x: Activations, _: None) -> tuple[Activations, None]:
         return half(x, _positions(x)), None
 
-    x, reports, _ = scan_staggered(attend, x, blocks, bias, replay, None, remember, dispatch)
+    x, reports, _ = scan_staggered(attend, x, blocks, bias, replay, None, remember, dispatch, unroll)
     return x, reports
 
 

@@ -22,7 +22,7 @@ from moe_ep.config import Config
 from moe_ep.dispatch import DispatchCounts, sum_counts
 from moe_ep.mesh import ALL_AXES, TOKENS, vary
 from moe_ep.model.router import mean_score
-from moe_ep.model.transformer import Transformer
+from moe_ep.model.transformer import Transformer, for_computation
 from moe_ep.shapes import Count, Scalar
 from moe_ep.train import balance
 from moe_ep.train.loss import LossReport, local_loss
@@ -71,6 +71,11 @@ def sum_gradients(gradients: Transformer, specs: Transformer) -> Transformer:
         return jax.tree.map(add, gradients, specs)
 
 
+def _in_float32(gradients: Transformer) -> Transformer:
+    """Sums and updates are float32; where there is nothing to sum, the conversion joins the update's pass."""
+    return jax.tree.map(lambda gradient: gradient.astype(jnp.float32), gradients)
+
+
 def make_gradients(config: Config, specs: Transformer, mesh: Mesh) -> Callable:
     """Returns (parameters, tokens, bias, replay) -> (gradients, BatchReport), over whole arrays.
 
@@ -81,7 +86,7 @@ def make_gradients(config: Config, specs: Transformer, mesh: Mesh) -> Callable:
     global_tokens = train.batch_sequences * train.sequence
 
     def on_device(parameters, tokens, bias, replay):
-        parameters, bias = vary(parameters), vary(bias)
+        parameters, bias = for_computation(vary(parameters)), vary(bias)
         tokens = tokens.reshape(train.accumulation, -1, tokens.shape[-1])
 
         def loss(parameters, tokens, replay):
@@ -97,16 +102,16 @@ def make_gradients(config: Config, specs: Transformer, mesh: Mesh) -> Callable:
 
         def add_micro_batch(total, micro_batch):
             gradients, report = jax.grad(loss, has_aux=True)(parameters, *micro_batch)
-            return jax.tree.map(jnp.add, total, gradients), report
+            return jax.tree.map(jnp.add, total, _in_float32(gradients)), report
 
         if train.accumulation == 1:
             first = None if replay is None else replay[0]
             gradients, report = jax.grad(loss, has_aux=True)(parameters, tokens[0], first)
             reports = jax.tree.map(lambda leaf: leaf[None], report)
         else:
-            zeros = vary(jax.tree.map(jnp.zeros_like, parameters))
+            zeros = vary(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), parameters))
             gradients, reports = jax.lax.scan(add_micro_batch, zeros, (tokens, replay))
-        return sum_gradients(gradients, specs), _summarize(reports, global_tokens)
+        return sum_gradients(_in_float32(gradients), specs), _summarize(reports, global_tokens)
 
     def call(parameters, tokens, bias, replay):
         # The choices stay with their tokens; all else is the same everywhere.

@@ -1,6 +1,7 @@
 """One step's promises: waves, drops, non-finite gradients, accumulation, the balance rules."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,11 @@ import pytest
 from tests.train.small import batch, largest_error, make_config, mesh_of
 
 from moe_ep.config import BalanceConfig
+from moe_ep.model.names import by_path
+from moe_ep.model.staggered import over_layers
+from moe_ep.model.transformer import for_computation
 from moe_ep.train import balance
-from moe_ep.train.state import init_state
+from moe_ep.train.state import abstract_state, init_state
 from moe_ep.train.step import make_gradients, make_step, parameter_specs
 from moe_ep.train.waves import Waves
 
@@ -102,3 +106,39 @@ def test_one_wave_is_the_least(needed):
     for _ in range(5):
         assert waves.accept(needed)
     assert waves.current == (1 if needed == 1 else 2)
+
+
+def test_gradients_have_the_type_of_the_product_they_come_from_and_the_update_sees_float32():
+    config = make_config()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16", unroll=True))
+    mesh = mesh_of(config, 2)
+    state = abstract_state(config, mesh)
+    types = {str(leaf.dtype) for leaf in jax.tree.leaves(state.parameters)}
+    assert types == {"float32"}
+    by_name = by_path(jax.eval_shape(for_computation, state.parameters))
+    wide = {name.split(".")[-1] for name, leaf in by_name.items() if leaf.dtype == jnp.float32}
+    assert wide == {"embedding", "gain", "matrix"}
+    assert all("router" in name for name in by_name if name.endswith("matrix"))
+    calls = make_gradients(config, parameter_specs(config, mesh), mesh)
+    gradients, _ = jax.eval_shape(calls, state.parameters, batch(config, mesh), state.bias, None)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(gradients)} == {"float32"}
+
+
+def test_layers_written_out_are_the_loop_and_its_gradients():
+    def step(x, layer):
+        x = jnp.tanh(x * layer["scale"] + layer["shift"])
+        return x, {"sum": jnp.sum(x), "nothing": None}
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (5,), jnp.float32)
+    layers = {name: jax.random.normal(key, (3, 5), jnp.float32) for name, key in zip(("scale", "shift"), keys[1:])}
+
+    def run(unroll, x, layers):
+        x, out = over_layers(step, x, layers, unroll)
+        return jnp.sum(x) + jnp.sum(out["sum"] * jnp.arange(3.0)), out
+
+    looped, written = (
+        jax.value_and_grad(functools.partial(run, unroll), argnums=(0, 1), has_aux=True)(x, layers) for unroll in (False, True)
+    )
+    assert jax.tree.structure(looped) == jax.tree.structure(written)
+    assert largest_error(written, looped) < 1e-5
