@@ -17,7 +17,7 @@ import time
 from absl import app, flags
 import jax
 
-from moe_ep.bench import command, kernel_cases, report
+from moe_ep.bench import command, kernel_cases, power, report
 from moe_ep.bench.correctness import poisoned_call, relative_error
 from moe_ep.bench.kernel_cases import Case, Goal
 from moe_ep.bench.timing import Times, measure_in_turns
@@ -64,13 +64,14 @@ def measure(case: Case, samples: int, sample_seconds: float, bandwidth: float) -
             unavailable[name] = str(error).splitlines()[0][:200]
     del expected
     correct = {name: case.contenders[name] for name in errors if errors[name] <= LARGEST_ERROR}
-    times = measure_in_turns(correct, samples, sample_seconds)
+    with power.watch() as watched:
+        times = measure_in_turns(correct, samples, sample_seconds)
     contenders = {name: _contender_record(case, errors[name], times.get(name)) for name in errors}
     achieved = achievement(case.goal, case.bytes, times, bandwidth)
     return {
         "row": case.row, "flops": case.flops, "bytes": case.bytes,
         "goal": case.goal._asdict(), "achieved": achieved, "met": is_met(case.goal, achieved),
-        "contenders": contenders, "unavailable": unavailable,
+        "contenders": contenders, "unavailable": unavailable, "power": watched,
     }  # fmt: skip
 
 
@@ -124,7 +125,8 @@ def as_markdown(result: dict) -> str:
         report.heading("Kernels against their rivals", result),
         f"Copy (read + write), the faster being the goals' copy bandwidth: {copies}. Times are medians in ms with "
         "the spread of the quartiles; TF is 1e12 FLOP/s; error is ||out - float32 reference|| / ||reference||.\n\n",
-        "| row | ours | rivals | goal | achieved | met |\n|---|---|---|---|---|---|\n",
+        "| row | ours | rivals | goal | achieved | met | power, SM clock, samples held back by the power limit |\n",
+        "|---|---|---|---|---|---|---|\n",
     ]
     for record in result["rows"]:
         rivals = [f"{name} {_cell(times)}" for name, times in record["contenders"].items() if name != "ours"]
@@ -132,8 +134,15 @@ def as_markdown(result: dict) -> str:
         achieved = "-" if record["achieved"] is None else f"{record['achieved']:.3f}"
         met = {True: "yes", False: "no", None: "-"}[record["met"]]
         ours, goal = _cell(record["contenders"]["ours"]), _goal_text(record["goal"])
-        lines.append(f"| {' | '.join((record['row'], ours, '; '.join(rivals), goal, achieved, met))} |\n")
+        cells = (record["row"], ours, "; ".join(rivals), goal, achieved, met, _power_cell(record["power"]))
+        lines.append(f"| {' | '.join(cells)} |\n")
     return "".join(lines)
+
+
+def _power_cell(summary) -> str:
+    if not summary:
+        return "-"
+    return f"{summary['watts']:.0f} W, {summary['sm_mhz']:.0f} of {summary['max_sm_mhz']:.0f} MHz, {summary['capped']:.0%}"
 
 
 def _cell(times) -> str:

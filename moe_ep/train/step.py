@@ -150,7 +150,7 @@ def make_step(config: Config, mesh: Mesh) -> Callable:
 
     def step(state: TrainState, tokens: Int32[Array, "B S1"], replay=None):
         gradients, report = gradients_of(state.parameters, tokens, state.bias, replay)
-        with jax.numpy_dtype_promotion("standard"):
+        with jax.named_scope("update"), jax.numpy_dtype_promotion("standard"):
             norm = optax.global_norm(gradients)
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
             parameters = optax.apply_updates(state.parameters, updates)
@@ -167,7 +167,8 @@ def make_step(config: Config, mesh: Mesh) -> Callable:
         fits = report.dispatch.waves_needed <= config.dispatch.waves
         finite = jnp.isfinite(report.loss) & jnp.isfinite(norm)
         accepted = (fits | config.dispatch.drop) & finite
-        after = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, state)
+        with jax.named_scope("update"):  # one pass with the optimizer's
+            after = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, state)
         return after, StepReport(report, norm, fits, finite, jnp.max(jnp.abs(after.bias)))
 
     return jax.jit(step, donate_argnums=0)

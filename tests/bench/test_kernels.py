@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_ep import mesh
-from moe_ep.bench import correctness, kernel_cases, kernels, moe_layer, report, timing
+from moe_ep.bench import correctness, kernel_cases, kernels, moe_layer, power, profile, report, timing
 from moe_ep.bench.kernel_cases import Case, Goal
 from moe_ep.bench.timing import Contender, Times
 from moe_ep.config import ClusterConfig, DispatchConfig, MeshConfig
@@ -147,3 +147,27 @@ def test_the_experts_share_and_the_speedup_are_of_the_same_direction():
     verdict = moe_layer.judge({"stages": stages, "times": {name: {"seconds": value} for name, value in layers.items()}})
     assert verdict["forward"]["speedup"] == 1.5 and verdict["forward+backward"]["speedup"] == pytest.approx(1.1)
     np.testing.assert_allclose(verdict["forward"]["experts_share"], 2 / 3)
+
+
+def test_a_profile_names_kernels_by_the_scopes_that_made_them():
+    text = "\n".join([
+        "%fused (p: f32[]) -> f32[] {", '  ROOT %call.1 = f32[] custom-call(p), metadata={op_name="jit(step)/jvp(moe)/experts/x"}', "}",
+        "ENTRY %main (p: f32[]) -> f32[] {", "  %slice_fusion.2 = f32[] fusion(p), kind=kCustom, calls=%fused",
+        '  %reduce.3 = f32[] reduce(p), metadata={op_name="jit(step)/transpose(jvp(moe))/while/body/router/reduce_sum"}', "}",
+    ])  # fmt: skip
+    names = profile.op_names_of(text)
+    assert profile.scope_of(names["slice_fusion.2"]) == "moe/experts"
+    assert profile.scope_of(names["reduce.3"]) == "backward/moe/router"
+    kernels = [
+        profile.Kernel("a.1", "moe", 1.0, 1.0), profile.Kernel("b.7", "", 2.0, 1.0), profile.Kernel("b.8", "", 0.5, 1.0),
+        profile.Kernel("c", "moe", 0.25, 2.0),
+    ]  # fmt: skip
+    assert profile.by_scope(kernels) == {"b": 2.5, "moe": 1.25}
+
+
+def test_power_samples_that_are_cut_short_are_left_out():
+    lines = "650.1, 700.00, 1500, 1980, 60, 0x0000000000000004\n690.3, 700.00, 1700, 1980, 62, 0x0\n[N/A], 700, 1\n640.0, 70"
+    summary = power.summarize(lines)
+    assert summary["samples"] == 2 and summary["capped"] == 0.5
+    assert summary["watts"] == pytest.approx(670.2) and summary["sm_mhz"] == 1600 and summary["limit_watts"] == 700
+    assert power.summarize("") == {} and power.as_text({}) == ""

@@ -1,0 +1,160 @@
+"""Trains a config for some steps with each implementation of the experts: losses, time, MFU, memory, and where time goes.
+
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 python -m moe_ep.bench.train_step --config=configs/single_gpu.py
+
+Every implementation starts from the same values and sees the same tokens. After its
+timed steps the first one runs a few more under the profiler. Writes
+<out>/train_<config>_<device>.{json,md}.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from moe_ep import metrics, override
+from moe_ep.bench import command, power, profile, report
+from moe_ep.config import Config, ConfigError, check
+from moe_ep.data import make_dataset
+from moe_ep.hardware import gpu_of_device_kind
+from moe_ep.mesh import make_mesh, peak_bytes, place_batch
+from moe_ep.train.state import init_state
+from moe_ep.train.step import make_step
+
+_CONFIG = flags.DEFINE_string("config", "configs/single_gpu.py", "The config file.")
+_SET = flags.DEFINE_multi_string("set", [], "name=value, as in moe_ep.run.")
+_STEPS = flags.DEFINE_integer("steps", 40, "Steps of each implementation.", lower_bound=3)
+_PROFILED = flags.DEFINE_integer("profiled", 2, "Further steps of the first under the profiler.", lower_bound=0)
+_IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["auto", "scanned"], "Of the experts' products.")
+_LEFT_OUT_S = 0.5e-3  # scopes shorter than this a step are added up
+
+
+def measure(config: Config, steps: int, profiled: int) -> dict:
+    """Returns losses, gradient norms, loads, seconds a step, MFU, peak bytes and power of one run."""
+    mesh = make_mesh(config.mesh, config.cluster, config.model.moe.num_experts)
+    dataset = _dataset(config)
+    state = init_state(config, mesh)
+    tokens = place_batch(next(dataset), mesh)
+    program = make_step(config, mesh).lower(state, tokens).compile()
+    lines = []
+    with power.watch() as watched:
+        for _ in range(steps):
+            started = time.perf_counter()
+            state, step_report = program(state, tokens)
+            lines.append(_line(step_report, started))
+            tokens = place_batch(next(dataset), mesh)
+    result = _summary(config, lines, mesh.size) | {"peak_bytes": peak_bytes(mesh), "power": watched}
+    result["device_kind"] = mesh.devices.flat[0].device_kind
+    return result | {"profile": _profile(program, state, tokens, profiled) if profiled else None}
+
+
+def _dataset(config: Config):
+    train = config.train
+    return make_dataset(
+        config.data, vocabulary=config.model.vocabulary, batch_sequences=train.batch_sequences,
+        sequence=train.sequence, seed=config.seed, split="train",
+    )  # fmt: skip
+
+
+def _line(step_report, started: float) -> dict:
+    batch = step_report.batch
+    line = {"loss": float(batch.loss), "gradient_norm": float(step_report.gradient_norm)}
+    line["seconds"] = time.perf_counter() - started
+    if not bool(step_report.fits):
+        raise SystemExit("train_step: the routing needs more waves than dispatch.waves; raise dispatch.margin_sigmas")
+    return line | {"max_over_mean_load": float(metrics.max_over_mean(np.asarray(batch.expert_counts)).mean())}
+
+
+def _summary(config: Config, lines: list[dict], devices: int) -> dict:
+    seconds = [line["seconds"] for line in lines[1:]]
+    low, median, high = statistics.quantiles(seconds, n=4)
+    tokens = config.train.batch_sequences * config.train.sequence
+    flops = metrics.training_flops_per_token(config.model, config.train.sequence)
+    gpu = gpu_of_device_kind(jax.devices()[0].device_kind)
+    return {
+        "steps": lines, "seconds": median, "quartiles": (low, high), "tokens_per_s": tokens / median,
+        "mfu": metrics.mfu(tokens / median, flops, gpu, devices),
+    }  # fmt: skip
+
+
+def _profile(program, state, tokens, steps: int) -> dict:
+    """Returns milliseconds a step by scope and of the longest kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                state, step_report = program(state, tokens)
+            jax.block_until_ready(step_report)
+        kernels = profile.kernels_of(pathlib.Path(folder), program.as_text(), steps)
+    scopes = profile.by_scope(kernels)
+    shown = {name: seconds for name, seconds in scopes.items() if seconds >= _LEFT_OUT_S}
+    return {
+        "busy_ms": 1e3 * sum(scopes.values()),
+        "scopes_ms": {name: 1e3 * seconds for name, seconds in shown.items()},
+        "others_ms": 1e3 * (sum(scopes.values()) - sum(shown.values())),
+        "kernels": [kernel._asdict() for kernel in kernels[:60]],
+    }
+
+
+def as_markdown(result: dict) -> str:
+    """Returns the runs, their losses step by step, and the first run's profile."""
+    runs = result["runs"]
+    lines = [report.heading(f"Training `{result['config']}`, by implementation of the experts' products", result)]
+    lines.append("| experts' products | ms a step, median (quartiles) | tokens/s | MFU | peak memory so far |\n|---|---|---|---|---|\n")
+    for name, run in runs.items():
+        low, high = (f"{1e3 * seconds:.0f}" for seconds in run["quartiles"])
+        mfu = "-" if run["mfu"] is None else f"{run['mfu']:.1%}"
+        peak = "-" if run["peak_bytes"] is None else metrics.human_bytes(run["peak_bytes"])
+        lines.append(f"| {name} | {1e3 * run['seconds']:.1f} ({low} to {high}) | {run['tokens_per_s']:,.0f} | {mfu} | {peak} |\n")
+    lines += [f"\n{name}: {power.as_text(run['power'])}.\n" for name, run in runs.items() if run["power"]]
+    lines.append(f"\n## Losses and gradient norms\n\n| step | {' | '.join(runs)} | norm: {' | norm: '.join(runs)} | load max/mean |\n")
+    lines.append("|" + "---|" * (2 * len(runs) + 2) + "\n")
+    for step, parts in enumerate(zip(*(run["steps"] for run in runs.values()), strict=True), start=1):
+        losses = [f"{part['loss']:.3f}" for part in parts] + [f"{part['gradient_norm']:.2f}" for part in parts]
+        lines.append(f"| {step} | {' | '.join(losses)} | {parts[0]['max_over_mean_load']:.2f} |\n")
+    return "".join(lines) + _profile_table(next(iter(runs.values()))["profile"])
+
+
+def _profile_table(profiled: dict | None) -> str:
+    if not profiled or not profiled["scopes_ms"]:
+        return ""
+    rows = profiled["scopes_ms"] | {"all shorter ones": profiled["others_ms"]}
+    body = "".join(f"| {name} | {value:.1f} | {value / profiled['busy_ms']:.1%} |\n" for name, value in rows.items())
+    return (
+        f"\n## Where the time goes\n\nKernels of a step: {profiled['busy_ms']:.1f} ms, by the profiler.\n\n"
+        f"| scope | ms | share |\n|---|---|---|\n{body}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Measures every implementation and writes the results."""
+    provenance = command.start(argv, "moe_ep.bench.train_step")
+    try:
+        config = check(override.apply(override.load(_CONFIG.value), _SET.value))
+        configs = {name: check(_with_experts(config, name)) for name in _IMPLEMENTATIONS.value}
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    stem = pathlib.Path(_CONFIG.value).stem
+    result = provenance | {"config": stem, "runs": {}}
+    for name, changed in configs.items():
+        first = not result["runs"]
+        result["runs"][name] = measure(changed, _STEPS.value, _PROFILED.value if first else 0)
+        markdown = as_markdown(result)
+        for path in report.write(command.OUT.value, report.file_stem(f"train_{stem}"), result, markdown):
+            print(f"wrote {path} after {name}", file=sys.stderr, flush=True)
+    print(markdown)
+
+
+def _with_experts(config: Config, implementation: str) -> Config:
+    moe = dataclasses.replace(config.model.moe, implementation=implementation)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+
+
+if __name__ == "__main__":
+    app.run(main)
