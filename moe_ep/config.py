@@ -76,6 +76,9 @@ class ModelConfig:
     activation: Activation = "gelu"
     vocabulary: int = 50304
     norm_epsilon: float = 1e-6
+    # Standard deviation of the embedding's first values. Layers write about 1 / sqrt(2 layers) to the stream:
+    # far below that, what attention averages over all tokens outweighs the token itself.
+    embedding_scale: float = 0.02
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation; master weights are float32
     # What the backward pass computes again: nothing; everything but what crossed the
     # network; whole blocks (the network's traffic too).

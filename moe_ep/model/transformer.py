@@ -33,8 +33,7 @@ class Transformer(nnx.Module):
         self.config = config
         keys = jax.random.split(key, 4)
         table = (config.vocabulary, config.width)
-        # Unit variance after the first norm comes from the norm; small rows keep early gradients even.
-        self.embedding = matrix(keys[0], table, (None, None), fan_in=1, scale=0.02)
+        self.embedding = matrix(keys[0], table, (None, None), fan_in=1, scale=config.embedding_scale)
         make_dense = lambda key: DenseBlock(key, config)  # noqa: E731
         self.dense = stack(make_dense, keys[1], config.dense_layers) if config.dense_layers else None
         self.moe = stack(lambda key: MoEBlock(key, config), keys[2], config.moe_layers)
