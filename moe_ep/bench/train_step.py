@@ -17,6 +17,7 @@ import time
 import jax
 import numpy as np
 from absl import app, flags
+from jax.sharding import Mesh
 
 from moe_ep import metrics, override
 from moe_ep.bench import command, power, profile, report
@@ -49,8 +50,7 @@ def measure(config: Config, steps: int, profiled: int) -> dict:
             state, step_report = program(state, tokens)
             lines.append(_line(step_report, started))
             tokens = place_batch(next(dataset), mesh)
-    result = _summary(config, lines, mesh.size) | {"peak_bytes": peak_bytes(mesh), "power": watched}
-    result["device_kind"] = mesh.devices.flat[0].device_kind
+    result = _summary(config, lines, mesh) | {"peak_bytes": peak_bytes(mesh), "power": watched}
     return result | {"profile": _profile(program, state, tokens, profiled) if profiled else None}
 
 
@@ -71,15 +71,15 @@ def _line(step_report, started: float) -> dict:
     return line | {"max_over_mean_load": float(metrics.max_over_mean(np.asarray(batch.expert_counts)).mean())}
 
 
-def _summary(config: Config, lines: list[dict], devices: int) -> dict:
+def _summary(config: Config, lines: list[dict], mesh: Mesh) -> dict:
     seconds = [line["seconds"] for line in lines[1:]]
     low, median, high = statistics.quantiles(seconds, n=4)
     tokens = config.train.batch_sequences * config.train.sequence
     flops = metrics.training_flops_per_token(config.model, config.train.sequence)
-    gpu = gpu_of_device_kind(jax.devices()[0].device_kind)
+    gpu = gpu_of_device_kind(mesh.devices.flat[0].device_kind)
     return {
         "steps": lines, "seconds": median, "quartiles": (low, high), "tokens_per_s": tokens / median,
-        "mfu": metrics.mfu(tokens / median, flops, gpu, devices),
+        "mfu": metrics.mfu(tokens / median, flops, gpu, mesh.size),
     }  # fmt: skip
 
 
