@@ -178,18 +178,16 @@ def recompute(config: Config) -> dict[str, typing.Any]:
 
 def draw(config: Config, folder: pathlib.Path) -> None:
     """Draws the break-even maps of prefill and decode, weak scaling in both, and memory by layout."""
-    from moe_ep.simulate import pictures, sweep
+    from moe_ep.simulate import sweep
 
     folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(config, READINGS[0], assumed=False)
     for phase, batch in (("prefill", 2048), ("decode", 16)):
         base = setting.scenario(128, 128, phase, batch)
-        pictures.break_even_map(sweep.break_even(base), phase, folder / f"claims.break_even_{phase}.png")
-        rows, axis = sweep.line(base, "weak")
-        pictures.curves(rows, axis, sweep.inputs_of(base), folder / f"claims.weak_{phase}.png")
-    rows = sweep.memory(base)
-    bars = {row["layout"]: row["bytes_per_gpu"] for row in rows}
-    pictures.memory_bar(bars, base.fabric.gpu.memory_bytes, folder / "claims.memory.png")
+        inputs = sweep.inputs_of(base)
+        sweep.draw("break_even", sweep.break_even(base), inputs, folder / f"claims.break_even_{phase}.png")
+        sweep.draw("weak", sweep.line(base, "weak")[0], inputs, folder / f"claims.weak_{phase}.png")
+    sweep.draw("memory", sweep.memory(base), inputs, folder / "claims.memory.png")
 
 
 def markdown(result: dict[str, typing.Any]) -> str:

@@ -11,6 +11,7 @@ from moe_ep.config import Config, ConfigError
 from moe_ep.cost.network import Fabric
 from moe_ep.cost.routing import make_routing
 from moe_ep.cost.units import Number
+from moe_ep.simulate import validation
 from moe_ep.simulate.from_config import scenario_of, with_batch
 from moe_ep.simulate.memory import memory_of
 from moe_ep.simulate.predict import predict
@@ -111,11 +112,13 @@ def _batch(base: Scenario) -> list[Case]:
 
 
 def _context(base: Scenario) -> list[Case]:
-    return [
-        ({"series": reading, "x": context},
-         dataclasses.replace(with_nics(base, nics), workload=dataclasses.replace(base.workload, context=context)))
-        for reading, nics in readings(base.fabric).items() for context in (128, 512, 1024, 2048, 4096, 8192)
-    ]  # fmt: skip
+    """Whole sequences: a context longer than the tokens of a GPU raises them."""
+    cases = []
+    for (reading, nics), context in itertools.product(readings(base.fabric).items(), (128, 512, 1024, 2048, 4096, 8192)):
+        tokens = max(base.workload.tokens_per_gpu, context)
+        workload = dataclasses.replace(base.workload, context=context, tokens_per_gpu=tokens)
+        cases.append(({"series": reading, "x": context}, dataclasses.replace(with_nics(base, nics), workload=workload)))
+    return cases
 
 
 def _skew(base: Scenario) -> list[Case]:
@@ -134,26 +137,62 @@ def _nics(base: Scenario) -> list[Case]:
     return [({"series": "this layout", "x": count}, with_nics(base, count)) for count in counts]
 
 
+# Name -> its cases, its axis, its title.
 _LINES = {
-    "strong": (_strong, "GPUs"),
-    "weak": (_weak, "GPUs = experts"),
-    "batch": (_batch, "sequences or tokens per GPU"),
-    "context": (_context, "context, tokens"),
-    "skew": (_skew, "Zipf exponent of expert popularity"),
-    "nics": (_nics, "NICs per node"),
+    "strong": (_strong, "GPUs", "Strong scaling: one model and one global batch on more GPUs"),
+    "weak": (_weak, "GPUs = experts", "Weak scaling: one expert of each layer on each GPU"),
+    "batch": (_batch, "sequences or tokens per GPU", "Batch"),
+    "context": (_context, "context, tokens", "Context"),
+    "skew": (_skew, "Zipf exponent of expert popularity (0: all equal)", "Skewed routing"),
+    "nics": (_nics, "NICs per node", "NICs of a node"),
 }
 
 
 def line(base: Scenario, kind: str) -> tuple[list[Row], str]:
     """Returns the rows of a sweep over one input, and that input's name."""
-    cases, axis = _LINES[kind]
+    cases, axis, _ = _LINES[kind]
     return evaluate(cases(base), kind), axis
 
 
-def inputs_of(base: Scenario) -> dict[str, str]:
-    """Returns what a sweep's rows have in common."""
-    return {"gpu": base.fabric.gpu.name, "phase": base.workload.phase, "kernels": base.stack.kernels.name,
-            "network": base.stack.network.name, "routing": base.routing.name}  # fmt: skip
+def inputs_of(base: Scenario) -> dict[str, typing.Any]:
+    """Returns what a sweep's rows have in common, and their error bars."""
+    layout, workload = base.layout, base.workload
+    return {
+        "gpu": base.fabric.gpu.name, "phase": workload.phase, "experts": base.model.moe.num_experts,
+        "top_k": base.model.moe.top_k, "gpus": layout.gpus, "ep": layout.ep, "batch": workload.tokens,
+        "context": workload.context, "overlap": layout.overlap, "transport": layout.transport,
+        "nic_gigabits_per_s": base.fabric.nic_bytes_per_s * 8e-9, "kernels": base.stack.kernels.name,
+        "network": base.stack.network.name, "routing": base.routing.name,
+        "error_bar": validation.bar_of_phase(workload.phase), "ratio_bar": validation.fitted()[1]["ratio"],
+    }  # fmt: skip
+
+
+_UNITS = {"decode": "sequences", "prefill": "tokens", "train": "tokens"}
+
+
+def title_of(kind: str, inputs: dict[str, typing.Any]) -> str:
+    """Returns a picture's title: the sweep, the phase, and what does not vary."""
+    name = _LINES[kind][2] if kind in _LINES else _TITLES[kind]
+    fixed = {"batch": f"{inputs['batch']:g} {_UNITS[inputs['phase']]}/GPU", "context": f"context {inputs['context']}",
+             "gpus": f"{inputs['gpus']} GPUs", "ep": f"EP {inputs['ep']}"}  # fmt: skip
+    varied = _VARIED.get(kind, (kind,))
+    shown = ", ".join(text for part, text in fixed.items() if part not in varied)
+    how = "" if kind in _TITLES else f", {inputs['transport']}, overlap {inputs['overlap']}"
+    return f"{name}; {inputs['phase']}, {shown}{how}, NICs of {inputs['nic_gigabits_per_s']:g} Gb/s"
+
+
+_TITLES = {
+    "break_even": "Break-even",
+    "memory": "Memory by layout",
+    "search": "Every layout that divides",
+}
+_VARIED = {
+    "strong": ("gpus", "ep", "batch"),
+    "weak": ("gpus", "ep"),
+    "break_even": ("gpus", "ep", "batch"),
+    "memory": ("ep",),
+    "search": ("ep", "batch"),
+}
 
 
 def run_sweep(config: Config, folder: pathlib.Path | None) -> dict[str, typing.Any]:
@@ -177,24 +216,44 @@ def run_sweep(config: Config, folder: pathlib.Path | None) -> dict[str, typing.A
         result = {"sweep": kind, "x": axis, "rows": rows}
     result["inputs"] = inputs_of(base)
     result["markdown"] = markdown(result["rows"], kind)
+    _check_any_fits(kind, rows)
     if folder:
         _write(result, rows, kind, folder)
     return result
 
 
-def _write(result: dict[str, typing.Any], rows: list[Row], kind: str, folder: pathlib.Path) -> None:
-    from moe_ep.simulate import pictures
+def _check_any_fits(kind: str, rows: list[Row]) -> None:
+    """Refuses a sweep of which no point fits, with the least that is missing."""
+    missing = [row["missing_bytes"] for row in rows if not row.get("tokens_per_s", 1.0 if kind == "memory" else 0.0)]
+    if rows and len(missing) == len(rows):
+        raise DoesNotFit(
+            f"--set simulate.sweep={kind}: no point fits the GPU, at least {min(missing) / 1e9:.1f} GB are missing; "
+            "allowed is a smaller batch, another layout, or simulate.ignore_memory=true for a counterfactual",
+            min(missing),
+        )
 
+
+def _write(result: dict[str, typing.Any], rows: list[Row], kind: str, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{kind}.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / f"{kind}.md").write_text(result["markdown"])
+    draw(kind, rows, result["inputs"], folder / f"{kind}.png")
+
+
+def draw(kind: str, rows: list[Row], inputs: dict[str, typing.Any], path: pathlib.Path) -> None:
+    """Draws the picture of a sweep."""
+    from moe_ep.simulate import pictures
+
+    title = title_of(kind, inputs)
     if kind == "break_even":
-        pictures.break_even_map(rows, result["inputs"]["phase"], folder / f"{kind}.png")
+        pictures.break_even_map(rows, _UNITS[inputs["phase"]], title, inputs, path)
     elif kind == "memory":
         bars = {row["layout"]: row["bytes_per_gpu"] for row in rows}
-        pictures.memory_bar(bars, rows[0]["gpu_bytes"], folder / f"{kind}.png")
-    elif kind in _LINES:
-        pictures.curves(rows, _LINES[kind][1], result["inputs"], folder / f"{kind}.png")
+        pictures.memory_bar(bars, rows[0]["gpu_bytes"], title, inputs, path)
+    elif kind == "search":
+        pictures.search_front(rows, title, inputs, path)
+    else:
+        pictures.curves(rows, _LINES[kind][1], title, inputs, path)
 
 
 def break_even(base: Scenario) -> list[Row]:
@@ -243,7 +302,8 @@ def memory(base: Scenario) -> list[Row]:
         for stages in dict.fromkeys((1, max(experts // ep, 1))):
             layout = dataclasses.replace(base.layout, gpus=experts, ep=ep, pp=stages)
             parts = memory_of(dataclasses.replace(base, layout=layout))
-            name = f"EP {ep}" + (f" x {stages} stages" if stages > 1 else f" x {experts // ep} replicas")
+            times = f" x {stages} stages" if stages > 1 else f" x {experts // ep} replicas" if ep < experts else ""
+            name = f"EP {ep}{times}"
             limit = base.fabric.gpu.memory_bytes
             rows.append({"layout": name, "bytes_per_gpu": parts, "gpu_bytes": limit,
                          "missing_bytes": max(sum(parts.values()) - limit, 0.0)})  # fmt: skip
