@@ -10,7 +10,7 @@ import pytest
 
 from moe_ep.config import Config, ConfigError
 from moe_ep.override import apply
-from moe_ep.simulate import calibration, sweep, validation
+from moe_ep.simulate import calibration, layouts, validation
 from moe_ep.simulate.from_config import scenario_of
 from moe_ep.simulate.main import claims, simulate, table
 from moe_ep.simulate.points import POINTS
@@ -135,7 +135,7 @@ def test_a_line_sweep_marks_what_does_not_fit(tmp_path):
 
 def test_search_finds_a_layout_that_fits_and_keeps_the_latency():
     base = scenario_of(apply(Config(), ["model.layers=8", "model.moe.num_experts=4", "simulate.phase=decode"]))
-    rows = sweep.search(base, latency_ms=20.0)
+    rows = layouts.search(base, latency_ms=20.0)
     best = rows[0]
     assert best["feasible"] and best["ms_per_token"] <= 20.0
     assert all(row["tokens_per_s"] <= best["tokens_per_s"] for row in rows if row["feasible"])
