@@ -257,7 +257,7 @@ class BenchConfig:
     sequences_per_gpu: tuple[int, ...] = (8,)  # of a micro-batch in decode, one token each
     # uniform and zipf:EXPONENT: choices are drawn and replayed; text: the run's own router on its data.
     routing: tuple[str, ...] = ("uniform", "zipf:1.0", "text")
-    turns: int = 5  # the layouts take turns, in changing order ...
+    turns: int = 3  # the layouts take turns, in changing order ...
     steps: int = 4  # ... of so many steps each
     profile: bool = False  # on a GPU, also how long it idles between kernels
     predict: bool = False  # also the full-size comparison, by the simulator
@@ -398,9 +398,7 @@ def _check_model(model: ModelConfig) -> None:
 
 def _check_layout(config: Config) -> None:
     experts, degree = config.model.moe.num_experts, config.mesh.expert
-    if degree is not None and config.simulate.slots is not None:  # replicas: experts need not divide
-        check_node_split(degree, config.cluster.gpus_per_node)
-    elif degree is not None:
+    if degree is not None:
         require(degree <= experts, "mesh.expert", degree, f"at most model.moe.num_experts = {experts}")
         require(experts % degree == 0, "mesh.expert", degree, f"a divisor of model.moe.num_experts = {experts}")
         check_node_split(degree, config.cluster.gpus_per_node)

@@ -11,13 +11,49 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_ep.config import ClusterConfig, MeshConfig, check_node_split, require
+from moe_ep.config import ClusterConfig, ConfigError, MeshConfig, check_node_split, require
 
 DATA, NODE, GPU = "data", "node", "gpu"
 EXPERT = (NODE, GPU)
 ALL_AXES = (DATA, NODE, GPU)
 TOKENS = PartitionSpec(ALL_AXES)  # the leading axis of every batch
 REPLICATED = PartitionSpec()
+
+
+def join_processes(coordinator: str, processes: int | None, process: int | None) -> None:
+    """Makes this process one of several that share all their devices; before anything else is asked of jax.
+
+    Args:
+      coordinator: HOST:PORT of process 0; or "auto" where jax finds all by itself (Slurm, Open MPI, Kubernetes).
+      processes: how many there are; given with HOST:PORT.
+      process: this one's number, from 0; given with HOST:PORT.
+
+    Raises:
+      ConfigError: numbers that do not belong together, or an "auto" where jax finds nothing.
+    """
+    if coordinator == "auto":
+        _allow(processes is None and process is None, "coordinator", coordinator, "auto without --processes and --process")
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"--coordinator=auto: allowed where jax finds the others, else HOST:PORT ({reason})") from error
+        return
+    host, _, port = coordinator.rpartition(":")
+    _allow(bool(host) and port.isdigit(), "coordinator", coordinator, "HOST:PORT or auto")
+    _allow(processes is not None and processes > 0, "processes", processes, "their number, with --coordinator=HOST:PORT")
+    _allow(process is not None and 0 <= process < processes, "process", process, f"0 to {processes - 1}")
+    jax.distributed.initialize(coordinator, processes, process)
+
+
+def _allow(condition: bool, flag: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"--{flag}={value}: allowed is {allowed}")
+
+
+def is_first_process() -> bool:
+    """Returns whether this process is the one that prints and writes files."""
+    return jax.process_index() == 0
 
 
 def mesh_shape(mesh: MeshConfig, cluster: ClusterConfig, experts: int, device_count: int) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -74,6 +74,11 @@ _DEVICES = flags.DEFINE_integer(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; the same one resumes. A new one under runs/ without it.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result as one JSON object; - for standard output, alone on it.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Be one of several processes: HOST:PORT of process 0, or auto under Slurm and the like."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator=HOST:PORT.")
+_PROCESS = flags.DEFINE_integer("process", None, "The number of this one, from 0.")
 
 
 def _choose_devices(emulated: int) -> None:
@@ -136,14 +141,39 @@ def main(_: list[str]) -> None:
         _check_json_target(_JSON.value)
         config = _load_config()
         _choose_devices(_DEVICES.value)
-        # With --json=- standard output carries the object alone; tables go to standard error.
-        quiet = contextlib.redirect_stdout(sys.stderr) if _JSON.value == "-" else contextlib.nullcontext()
-        with quiet:
+        first = _join_processes()
+        with _printing(first):
             result = MODES[_MODE.value](config, _workdir())
-        if _JSON.value:
+        if _JSON.value and first:
             _write_json(result, _JSON.value, stdout)
     except ConfigError as error:
         _refuse(str(error))
+
+
+def _join_processes() -> bool:
+    """Returns whether this process prints and writes files: the first of those that `--coordinator` joins does."""
+    if _COORDINATOR.value is None:
+        for name, value in (("processes", _PROCESSES.value), ("process", _PROCESS.value)):
+            if value is not None:
+                raise ConfigError(f"--{name}={value}: allowed is a number with --coordinator=HOST:PORT")
+        return True
+    if _WORKDIR.value is None:
+        raise ConfigError(f"--coordinator={_COORDINATOR.value}: allowed is one with --workdir, the same in all processes")
+    from moe_ep.mesh import is_first_process, join_processes
+
+    join_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    return is_first_process()
+
+
+@contextlib.contextmanager
+def _printing(first: bool) -> Iterator[None]:
+    """Leaves standard output to the first process; with --json=- it carries the object alone, tables go to standard error."""
+    with contextlib.ExitStack() as stack:
+        if not first:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        elif _JSON.value == "-":
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
 
 
 def _refuse(message: str) -> None:
@@ -162,7 +192,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return rest
 
 
-_FLAG_NAMES = ("mode", "config", "set", "devices", "workdir", "json")
+_FLAG_NAMES = (
+    "mode", "config", "set", "devices", "workdir", "json", "coordinator", "processes", "process",
+)  # fmt: skip
 
 if __name__ == "__main__":
     app.run(main, flags_parser=_parse_flags)

@@ -8,6 +8,9 @@ from pathlib import Path
 import jax
 
 from moe_ep.bench import report
+from moe_ep.bench.bandwidth import as_markdown as bandwidth_table
+from moe_ep.bench.bandwidth import measure_bandwidth
+from moe_ep.bench.ceilings import measure_ceilings
 from moe_ep.bench.draw import draw
 from moe_ep.bench.grid import make_cells
 from moe_ep.bench.predicted import predict_full_size
@@ -21,7 +24,7 @@ def bench(config: Config, workdir: Path) -> dict:
     """Times what `config.bench` asks for, prints it as tables, and returns it under DESIGN's keys.
 
     Writes rows.jsonl as rows are finished, then bench.json, bench.md and pictures,
-    into the work directory; the same command goes on where a killed one stopped.
+    into the work directory (all_to_all.json and .md for the bandwidth test); the same command goes on where a killed one stopped.
 
     Raises:
       ConfigError: a routing, device count or grid that cannot be.
@@ -31,23 +34,35 @@ def bench(config: Config, workdir: Path) -> dict:
     first = jax.process_index() == 0
     cells = make_cells(config, jax.device_count())
     finished = _open(workdir, first)
-    progress = Progress(len(cells) * len(config.bench.routing))
+    emulated = jax.default_backend() == "cpu"
+    ceilings = {} if emulated or not cells else measure_ceilings()
+    progress = Progress(len(cells) * len(config.bench.routing), shown=first)
     try:
-        rows = sweep(config, cells, finished, progress)
+        rows = sweep(config, cells, finished, progress, ceilings)
     finally:
         progress.close()
-    kinds = sorted({row["kind"] for row in rows})
+    bandwidth = measure_bandwidth(config) if "all_to_all" in config.bench.studies else []
     result = {
-        "kind": " and ".join(kinds),
+        "kind": "emulated" if emulated else "measured",
         **report.provenance(_command_line(), None),
         "devices": jax.device_count(),
         "processes": jax.process_count(),
+        "ceilings": ceilings,
         "rows": rows + (predict_full_size(config) if config.bench.predict else []),
+        "bandwidth": bandwidth,
     }
-    print(as_markdown(result))
+    documents = _documents(result)
+    print("\n".join(text for text in documents.values()))
     if first:
-        result["files"] = _write(config, result, workdir)
+        result["files"] = _write(config, result, documents, workdir)
     return result
+
+
+def _documents(result: dict) -> dict[str, str]:
+    """Returns the Markdown of what was asked for, by topic."""
+    texts = {"bench": as_markdown, "all_to_all": bandwidth_table}
+    rows = {"bench": result["rows"], "all_to_all": result["bandwidth"]}
+    return {topic: texts[topic](result) for topic in texts if rows[topic]}
 
 
 def _open(workdir: Path, writes: bool) -> Finished:
@@ -65,18 +80,21 @@ def _command_line() -> str:
     return " ".join(["python -m moe_ep.run", *given])
 
 
-def _write(config: Config, result: dict, workdir: Path) -> list[str]:
-    (workdir / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (workdir / "bench.md").write_text(as_markdown(result), encoding="utf-8")
-    paths = [workdir / "bench.json", workdir / "bench.md", *draw(result["rows"], workdir)]
+def _write(config: Config, result: dict, documents: dict[str, str], workdir: Path) -> list[str]:
+    """Writes JSON, Markdown and pictures of each topic; copies them to `config.bench.results` under names of the device."""
+    paths = []
+    for topic, text in documents.items():
+        paths += [workdir / f"{topic}.json", workdir / f"{topic}.md"]
+        paths[-2].write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        paths[-1].write_text(text, encoding="utf-8")
+    if "bench" in documents:
+        paths += draw(result["rows"], workdir)
     print(f"files: {', '.join(str(path) for path in paths)}")
     if config.bench.results:
         folder = Path(config.bench.results)
         folder.mkdir(parents=True, exist_ok=True)
+        device = "emulated" if result["kind"] == "emulated" else report.file_stem("").lstrip("_")
         for path in paths:
-            shutil.copy(path, folder / path.name.replace("bench", _stem(result), 1))
+            topic, _, ending = path.name.partition(".")
+            shutil.copy(path, folder / f"{topic}_{device}.{ending}")
     return [str(path) for path in paths]
-
-
-def _stem(result: dict) -> str:
-    return "bench_emulated" if result["kind"].startswith("emulated") else report.file_stem("bench")

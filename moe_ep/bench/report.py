@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -14,11 +15,11 @@ from moe_ep.kernels import device
 
 
 def provenance(command: str, commit: str | None) -> dict:
-    """Returns date, commit, hardware and versions; `commit` None asks git."""
+    """Returns date, commit, hardware and versions; `commit` None takes MOE_EP_COMMIT (where no git is), or asks git."""
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or _commit(),
+        "commit": commit or os.environ.get("MOE_EP_COMMIT") or _commit(),
         "device": device.device_kind(),
         "versions": {
             "python": platform.python_version(),

@@ -10,8 +10,11 @@ from moe_ep.bench.work import exchange_bytes, gradient_bytes, least_bytes
 from moe_ep.hardware import gpu_of_device_kind
 
 
-def make_row(cell: Cell, running: Running, routing: str, seconds: np.ndarray) -> dict:
-    """Returns the row of a contender's timed steps; bytes are of one device and one step."""
+def make_row(cell: Cell, running: Running, routing: str, seconds: np.ndarray, ceilings: dict[str, float]) -> dict:
+    """Returns the row of a contender's timed steps; bytes and FLOPs are of one device and one step.
+
+    `ceilings` are the device's as measured, none on emulated ones.
+    """
     contender, config = running.contender, running.config
     layout, counted = contender.layout, running.count()
     tokens = cell.tokens_per_microbatch(contender)
@@ -51,6 +54,7 @@ def make_row(cell: Cell, running: Running, routing: str, seconds: np.ndarray) ->
         "network_bytes_per_s": (exchanged + gradients) / step_ms["median"] * 1e3,
         "least_memory_bytes": moved,
         "memory_bandwidth_utilisation": gpu and moved / step_ms["median"] * 1e3 / gpu.memory_bytes_per_s,
+        **_shares(flops * tokens, moved, step_ms["median"] / 1e3, ceilings),
         "bytes_per_device": _memory(running),
         "waves": running.waves,
         "buffer_fill": counted.rows_sent / max(counted.rows_sent + counted.rows_padded, 1),
@@ -58,6 +62,15 @@ def make_row(cell: Cell, running: Running, routing: str, seconds: np.ndarray) ->
         "load_cv": float(metrics.load_cv(counted.expert_counts).mean()),
         "max_over_mean_load": float(metrics.max_over_mean(counted.expert_counts).mean()),
         "kind": "emulated" if device.platform == "cpu" else "measured",
+    }
+
+
+def _shares(flops: float, moved: float, seconds: float, ceilings: dict[str, float]) -> dict[str, float | None]:
+    """What of the device's measured product rate and copy bandwidth the step reaches."""
+    reached = {"share_of_product": ("product_flops_per_s", flops), "share_of_copy": ("copy_bytes_per_s", moved)}
+    return {
+        name: amount / seconds / ceilings[ceiling] if ceiling in ceilings else None
+        for name, (ceiling, amount) in reached.items()
     }
 
 

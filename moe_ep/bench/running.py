@@ -17,6 +17,7 @@ from moe_ep.config import Config
 from moe_ep.dispatch import DispatchCounts
 from moe_ep.mesh import REPLICATED, make_mesh, place_batch, some_devices
 from moe_ep.model.kv_cache import CACHE, LatentCache, make_cache, round_up_rows
+from moe_ep.model.transformer import Transformer
 from moe_ep.programs import CHOICES_OF_LAYERS, compiler_options, init_served_parameters, make_program
 from moe_ep.train.state import init_state, platform_of
 from moe_ep.train.step import CHOICES, with_waves
@@ -40,9 +41,10 @@ class Running:
       config: of the run.
       cell: the phase and the context.
       contender: the layout and its sequences.
+      served: parameters of layouts that were served before; this one's are added.
     """
 
-    def __init__(self, config: Config, cell: Cell, contender: Contender):
+    def __init__(self, config: Config, cell: Cell, contender: Contender, served: dict[Layout, Transformer]):
         self.contender, self.context = contender, cell.context
         self.config = config_of(config, contender.layout)
         devices = some_devices(contender.layout.devices)
@@ -50,8 +52,8 @@ class Running:
         self.batch = contender.sequences * self.mesh.size
         self._phase, self._report = cell.phase, None
         self._waves = Waves(self.config.dispatch.waves)
-        self._compile = functools.cache(self._compile_program)
-        self._make_values()
+        self._compiled: dict[int, jax.stages.Compiled] = {}
+        self._make_values(served)
 
     def start(self, routing: str) -> None:
         """Takes up a routing, and runs its batches once on a program with waves enough for them."""
@@ -66,7 +68,7 @@ class Running:
 
     def step(self) -> Array:
         """Launches the next step and returns what is ready when it is done."""
-        return self._launch(self._compile(self._waves.current), *next(self._batches))
+        return self._launch(self.compiled, *next(self._batches))
 
     def count(self) -> Counted:
         """Returns what the last step's routing gave."""
@@ -81,9 +83,12 @@ class Running:
 
     @property
     def compiled(self) -> jax.stages.Compiled:
-        return self._compile(self._waves.current)
+        waves = self._waves.current
+        if waves not in self._compiled:
+            self._compiled[waves] = self._compile(waves)
+        return self._compiled[waves]
 
-    def _compile_program(self, waves: int) -> jax.stages.Compiled:
+    def _compile(self, waves: int) -> jax.stages.Compiled:
         program = make_program(
             with_waves(self.config, waves), self.mesh, self._phase,
             sequences=self.contender.sequences, context=self.context, replay=True,
@@ -110,8 +115,8 @@ class Running:
 class Prefill(Running):
     """Whole prompts, all as long as the context."""
 
-    def _make_values(self) -> None:
-        self.parameters = init_served_parameters(self.config, self.mesh)
+    def _make_values(self, served: dict[Layout, Transformer]) -> None:
+        self.parameters = _take_parameters(self, served)
         self._bias = _zero_bias(self)
         self._lengths = place_batch(np.full(self.batch, self.context, np.int32), self.mesh)
 
@@ -129,8 +134,8 @@ class Prefill(Running):
 class Decode(Running):
     """One token of every sequence, the last of its context; each step writes the same row of the cache."""
 
-    def _make_values(self) -> None:
-        self.parameters = init_served_parameters(self.config, self.mesh)
+    def _make_values(self, served: dict[Layout, Transformer]) -> None:
+        self.parameters = _take_parameters(self, served)
         self._bias = _zero_bias(self)
         self._lengths = place_batch(np.full(self.batch, self.context - 1, np.int32), self.mesh)
         self._held = {"cache": _random_cache(self)}
@@ -151,7 +156,8 @@ class Decode(Running):
 class Train(Running):
     """A whole step, its update among it."""
 
-    def _make_values(self) -> None:
+    def _make_values(self, served: dict[Layout, Transformer]) -> None:
+        served.clear()  # a state needs the room
         self._state = init_state(self.config, self.mesh)
 
     @property
@@ -172,6 +178,13 @@ class Train(Running):
     @property
     def _choices(self) -> Array:
         return self._report.choices[0]
+
+
+def _take_parameters(running: Running, served: dict[Layout, Transformer]) -> Transformer:
+    layout = running.contender.layout
+    if layout not in served:
+        served[layout] = init_served_parameters(running.config, running.mesh)
+    return served[layout]
 
 
 def _zero_bias(running: Running) -> Array:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import jax
 
-from moe_ep.bench.grid import Cell
+from moe_ep.bench.grid import Cell, Layout
 from moe_ep.bench.rows import make_row
 from moe_ep.bench.running import RUNNING
 from moe_ep.bench.steps import time_in_turns
+from moe_ep.bench.trace import profile_steps
 from moe_ep.config import Config
+from moe_ep.model.transformer import Transformer
 
 Rows = list[dict]
 
@@ -47,13 +49,16 @@ class Finished:
             self._file.flush()
 
 
-def sweep(config: Config, cells: list[Cell], finished: Finished, progress: "Progress") -> Rows:
+def sweep(
+    config: Config, cells: list[Cell], finished: Finished, progress: "Progress", ceilings: dict[str, float]
+) -> Rows:
     """Returns the rows of all cells and routings, measuring those that are not finished yet."""
     rows: Rows = []
+    served: dict[Layout, Transformer] = {}  # one cell's parameters, for the next if it has the same layouts
     for cell in cells:
         missing = [routing for routing in config.bench.routing if finished.get(_key(config, cell, routing)) is None]
         if missing:
-            _measure(config, cell, missing, finished, progress)
+            _measure(config, cell, missing, finished, progress, ceilings, served)
         for routing in config.bench.routing:
             rows += finished.get(_key(config, cell, routing))
             if routing not in missing:
@@ -61,16 +66,29 @@ def sweep(config: Config, cells: list[Cell], finished: Finished, progress: "Prog
     return rows
 
 
-def _measure(config: Config, cell: Cell, routings: list[str], finished: Finished, progress: "Progress") -> None:
+def _measure(
+    config: Config,
+    cell: Cell,
+    routings: list[str],
+    finished: Finished,
+    progress: "Progress",
+    ceilings: dict[str, float],
+    served: dict[Layout, Transformer],
+) -> None:
     """Builds the cell's contenders once and times them in turns, routing by routing."""
     progress.say(f"{_name(cell)}: compiles {len(cell.contenders)} layouts")
-    running = {str(one.layout): RUNNING[cell.phase](config, cell, one) for one in cell.contenders}
+    for layout in set(served) - {one.layout for one in cell.contenders}:
+        del served[layout]
+    running = {str(one.layout): RUNNING[cell.phase](config, cell, one, served) for one in cell.contenders}
     for routing in routings:
         for one in running.values():
             one.start(routing)
         bench = config.bench
         seconds = time_in_turns({name: one.step for name, one in running.items()}, bench.turns, bench.steps)
-        rows = [make_row(cell, one, routing, seconds[name]) for name, one in running.items()]
+        rows = [make_row(cell, one, routing, seconds[name], ceilings) for name, one in running.items()]
+        if bench.profile:
+            for row, one in zip(rows, running.values(), strict=True):
+                row["profile"] = profile_steps(one.step, bench.steps, one.compiled.as_text())
         finished.add(_key(config, cell, routing), rows)
         fastest = max(rows, key=lambda row: row["tokens_per_s"])
         progress.done(
@@ -98,14 +116,14 @@ def _key(config: Config, cell: Cell, routing: str) -> str:
 class Progress:
     """A bar over measurements on a terminal, a line each elsewhere; both on standard error."""
 
-    def __init__(self, total: int):
-        self._total, self._done = total, 0
-        self._bar = _open_bar(total) if sys.stderr.isatty() else None
+    def __init__(self, total: int, shown: bool = True):
+        self._total, self._done, self._shown = total, 0, shown
+        self._bar = _open_bar(total) if shown and sys.stderr.isatty() else None
 
     def say(self, text: str) -> None:
         if self._bar is not None:
             self._bar.set_description_str(text)
-        else:
+        elif self._shown:
             print(f"bench {self._done}/{self._total}  {text}", file=sys.stderr, flush=True)
 
     def done(self, text: str) -> None:

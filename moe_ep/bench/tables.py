@@ -35,6 +35,11 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "spread": lambda row: _percent(row.get("spread")),
     "MFU": lambda row: _percent(row["mfu"]),
     "memory bandwidth": lambda row: _percent(row["memory_bandwidth_utilisation"]),
+    "of the measured copy": lambda row: _percent(row.get("share_of_copy")),
+    "of the measured product": lambda row: _percent(row.get("share_of_product")),
+    "idle (host)": lambda row: " ".join(
+        _percent((row.get("profile") or {}).get(name)) for name in ("idle_share", "host_idle_share")
+    ),
     "sent a step": lambda row: human_bytes(row["bytes_sent"]),
     "memory": lambda row: human_bytes(row["bytes_per_device"]["total"]),
     "load CV": lambda row: _number(row.get("load_cv")),
@@ -47,6 +52,11 @@ def as_markdown(result: dict) -> str:
     """Returns the whole result as text."""
     rows = result["rows"]
     lines = [report.heading("Proposed layout against baselines", result)]
+    if ceilings := result["ceilings"]:
+        lines.append(
+            f"Ceilings measured in the same process: copy {ceilings['copy_bytes_per_s'] / 1e9:,.0f} GB/s (read and "
+            f"written), bfloat16 product {ceilings['product_flops_per_s'] / 1e12:,.0f} TFLOP/s.\n\n"
+        )
     for kind, text in _SAYS.items():
         if any(row["kind"].startswith(kind) for row in rows):
             lines.append(f"{kind.capitalize()}: {text}\n\n")
@@ -66,11 +76,12 @@ def as_markdown(result: dict) -> str:
 
 def _table(rows: list[Row]) -> str:
     ratios = over_best_baseline(rows)
-    columns = [*_COLUMNS, "over best baseline"]
+    cells = {name: [show(row) for row in rows] for name, show in _COLUMNS.items()}
+    cells["over best baseline"] = ["-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
+    # A column without a figure (what a CPU has no peak for, say) is left out.
+    columns = {name: column for name, column in cells.items() if any(set(cell) - set("- ") for cell in column)}
     lines = [_line(columns), _line(["---"] * len(columns))]
-    for row, ratio in zip(rows, ratios, strict=True):
-        lines.append(_line([*(show(row) for show in _COLUMNS.values()), "" if ratio is None else f"{ratio:.2f}x"]))
-    return "".join(lines)
+    return "".join(lines + [_line(row) for row in zip(*columns.values(), strict=True)])
 
 
 def over_best_baseline(rows: list[Row]) -> list[float | None]:

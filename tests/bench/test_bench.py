@@ -13,6 +13,8 @@ from moe_ep.bench.running import Decode
 from moe_ep.bench.steps import summarize, time_steps
 from moe_ep.bench.sweep import Finished
 from moe_ep.bench.tables import over_best_baseline
+from moe_ep.bench.trace import Event
+from moe_ep.bench.trace import summarize as summarize_trace
 from moe_ep.bench.work import exchange_bytes, gradient_bytes
 from moe_ep.config import BenchConfig, ClusterConfig, ConfigError
 from tests.train.small import make_config
@@ -78,7 +80,7 @@ def test_a_step_is_counted_as_it_was_routed():
     """Rows that leave a device, and what fixed and exact transports send of them, by hand."""
     config = make_config(margin_sigmas=0.0)
     layout = Layout("baseline", 16, 4, 2)
-    running = Decode(config, Cell("layouts", "decode", 16, (Contender(layout, 3),)), Contender(layout, 3))
+    running = Decode(config, Cell("layouts", "decode", 16, (Contender(layout, 3),)), Contender(layout, 3), {})
     running.start("zipf:1.0")
     seconds = time_steps(running.step, 2)
     assert len(seconds) == 2 and min(seconds) > 0
@@ -129,7 +131,7 @@ def test_a_killed_sweep_goes_on(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(lines[0] + lines[1][:40])  # killed while it wrote
     measured = []
 
-    def measure(config, cell, routings, finished, progress):
+    def measure(config, cell, routings, finished, progress, ceilings, served):
         measured.append(routings)
         finished.add(sweep._key(config, cell, routings[0]), whole["rows"][2:])
 
@@ -147,6 +149,15 @@ def test_rows_of_another_config_are_not_taken(tmp_path):
     finished.add("one", [{"x": 1}])
     assert Finished(tmp_path / "rows.jsonl", writes=False).get("one") == [{"x": 1}]
     assert Finished(tmp_path / "rows.jsonl", writes=False).get("two") is None
+
+
+def test_idle_shares_of_a_profile():
+    """Two streams: 0-10 and 5-40, 50 us later 90-100; 2 us between kernels is no wait for the host."""
+    us = lambda name, start, end: Event(name, start * 1e3, end * 1e3)  # noqa: E731
+    summary = summarize_trace([us("a", 0, 10), us("b", 5, 40), us("a", 42, 50), us("c", 90, 100)], steps=2)
+    assert (summary["idle_share"], summary["host_idle_share"]) == pytest.approx((0.42, 0.40))
+    assert summary["kernels_ms_per_step"] == pytest.approx({"b": 0.0175, "a": 0.009, "c": 0.005})
+    assert summarize_trace([], steps=1) == {}
 
 
 def test_percentiles_and_the_ratio_to_the_best_baseline():
