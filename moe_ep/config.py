@@ -398,7 +398,9 @@ def _check_model(model: ModelConfig) -> None:
 
 def _check_layout(config: Config) -> None:
     experts, degree = config.model.moe.num_experts, config.mesh.expert
-    if degree is not None:
+    if degree is not None and config.simulate.slots is not None:  # replicas: experts need not divide
+        check_node_split(degree, config.cluster.gpus_per_node)
+    elif degree is not None:
         require(degree <= experts, "mesh.expert", degree, f"at most model.moe.num_experts = {experts}")
         require(experts % degree == 0, "mesh.expert", degree, f"a divisor of model.moe.num_experts = {experts}")
         check_node_split(degree, config.cluster.gpus_per_node)

@@ -6,7 +6,7 @@ import pathlib
 import typing
 
 from moe_ep.config import Config
-from moe_ep.simulate import arithmetic
+from moe_ep.simulate import arithmetic, validation
 from moe_ep.simulate.predict import predict
 from moe_ep.simulate.reference import NOT, READINGS, REPRODUCED, Row, Setting, row, span
 from moe_ep.simulate.scenario import own_stack
@@ -43,7 +43,7 @@ def _throughput(setting: Setting, phase: str, batches: tuple[int, ...], inputs: 
     if 0 < len(enough) < len(ratios):
         most = {size: max(batch for experts, batch in enough if experts == size) for size, _ in enough}
         where = ", ".join(f"E={size} up to {batch}" for size, batch in most.items())
-        verdict = f"reproduced only if {phase}, {where} {'sequences' if phase == 'decode' else 'tokens'} a GPU"
+        verdict = f"reproduced only if {where} {'sequences' if phase == 'decode' else 'tokens'} a GPU"
     baseline = "EP 8 x pipeline" if pipeline else "EP 8 as replicas, memory ignored"
     return row(f"throughput over {'EP 8 x pipeline' if pipeline else 'EP 8'}, {phase}", "3.2x", setting,
                 f"E = GPUs = 16..128, {inputs}; {baseline}", "; ".join(spans), verdict, "simulated")  # fmt: skip
@@ -178,18 +178,16 @@ def recompute(config: Config) -> dict[str, typing.Any]:
 
 def draw(config: Config, folder: pathlib.Path) -> None:
     """Draws the break-even maps of prefill and decode, weak scaling in both, and memory by layout."""
-    from moe_ep.simulate import pictures, sweep
+    from moe_ep.simulate import layouts, sweep
 
     folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(config, READINGS[0], assumed=False)
     for phase, batch in (("prefill", 2048), ("decode", 16)):
         base = setting.scenario(128, 128, phase, batch)
-        pictures.break_even_map(sweep.break_even(base), phase, folder / f"claims.break_even_{phase}.png")
-        rows, axis = sweep.line(base, "weak")
-        pictures.curves(rows, axis, sweep.inputs_of(base), folder / f"claims.weak_{phase}.png")
-    rows = sweep.memory(base)
-    bars = {row["layout"]: row["bytes_per_gpu"] for row in rows}
-    pictures.memory_bar(bars, base.fabric.gpu.memory_bytes, folder / "claims.memory.png")
+        inputs = sweep.inputs_of(base)
+        sweep.draw("break_even", layouts.break_even(base), inputs, folder / f"claims.break_even_{phase}.png")
+        sweep.draw("weak", sweep.line(base, "weak")[0], inputs, folder / f"claims.weak_{phase}.png")
+    sweep.draw("memory", layouts.memory(base), inputs, folder / "claims.memory.png")
 
 
 def markdown(result: dict[str, typing.Any]) -> str:
@@ -202,6 +200,15 @@ def markdown(result: dict[str, typing.Any]) -> str:
         "from the simulator (kernel efficiencies measured on one H200, or the percentages that the source assumes, as",
         "the reading says), `formula` rows from arithmetic. EP 8 baselines that do not fit 64 GB ignore memory.",
         f"Kernel table: {table.name}, {table.source}, {table.date}. Cluster: {result['cluster']['gpu']}.",
+        f"Error bar of a throughput ±{validation.bar_of_phase('prefill'):.0%}, of a ratio ±{validation.fitted()[1]['ratio']:.0%}.",
+        "",
+        "## In short",
+        "",
+        "| claim | source | NIC per GPU | NIC per node | kind |",
+        "|---|---|---|---|---|",
+        *summary(result["rows"]),
+        "",
+        "## With inputs and results",
         "",
         "| claim | source | reading | inputs | result | verdict | kind |",
         "|---|---|---|---|---|---|---|",
@@ -210,6 +217,29 @@ def markdown(result: dict[str, typing.Any]) -> str:
         cells = (row[name] for name in ("claim", "source_value", "reading", "inputs", "value", "verdict", "kind"))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """Returns a Markdown line for each claim: its verdict in both readings of the network."""
+    lines = []
+    for claim in dict.fromkeys(row["claim"] for row in rows):
+        same = [row for row in rows if row["claim"] == claim]
+        by_reading = [_verdict(same, reading) for reading in READINGS]
+        kind = same[0]["kind"]
+        lines.append(f"| {claim} | {same[0]['source_value']} | {by_reading[0]} | {by_reading[1]} | {kind} |")
+    return lines
+
+
+def _verdict(rows: list[Row], reading: str) -> str:
+    """One verdict where the source's constants and measured kernels agree, else both."""
+    verdicts = {}
+    for row in rows:
+        name, _, efficiencies = row["reading"].partition(", ")
+        if name in (reading, "either"):
+            verdicts[efficiencies] = row["verdict"]
+    if len(set(verdicts.values())) == 1:
+        return next(iter(verdicts.values()))
+    return "; ".join(f"{efficiencies}: {verdict}" for efficiencies, verdict in verdicts.items())
 
 
 def write(result: dict[str, typing.Any], folder: pathlib.Path) -> None:

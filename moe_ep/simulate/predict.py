@@ -92,7 +92,7 @@ def _assemble(scenario: Scenario, stage: StageWork, parts: dict[str, Number], mi
         mfu=rate_per_gpu * flops / peak_flops(fabric.gpu, scenario.stack.precision.gemm),
         nic_utilisation=nic * fabric.gpus_per_nic / fabric.nic_bytes_per_s / seconds,
         nvlink_utilisation=nvlink / fabric.gpu.nvlink_bytes_per_s / seconds,
-        memory_bandwidth_utilisation=_weights_read(scenario, parts, stage) / seconds / fabric.gpu.memory_bytes_per_s,
+        memory_bandwidth_utilisation=_weights_read(scenario, parts) / seconds / fabric.gpu.memory_bytes_per_s,
         bytes_per_gpu=parts,
         exposed_communication_share=exposed / busy,
         hidden_communication_share=1 - exposed / network_s if network_s else 1.0,
@@ -118,12 +118,13 @@ def _bytes_sent(stage: StageWork, chunks: int, micro_batches: int) -> tuple[Numb
     return nic * times, nvlink * times
 
 
-def _weights_read(scenario: Scenario, parts: dict[str, Number], stage: StageWork) -> Number:
-    """Weights once for each batch and pass, the cache once: what a step cannot do without."""
+def _weights_read(scenario: Scenario, parts: dict[str, Number]) -> Number:
+    """Weights once for each pass, of the embedding only a few rows, the cache once: what a step cannot do without."""
+    model, layout = scenario.model, scenario.layout
+    embedding = model.vocabulary * model.width * scenario.stack.precision.weight_bytes if layout.pp == 1 else 0
     if scenario.workload.phase == "train":
-        return parts["weights"] / 2 * 3 * scenario.workload.micro_batches
-    chunks = scenario.layout.chunks if scenario.layout.overlap == "chunks" else 1
-    return parts["weights"] * stage.batches * chunks + parts["kv_cache"]
+        return (parts["weights"] / 2 - embedding) * 3 * scenario.workload.micro_batches
+    return parts["weights"] - embedding + parts["kv_cache"] / layout.pp
 
 
 def _bottleneck(scenario: Scenario, compute_s: Number, network_s: Number, exposed: Number) -> str:

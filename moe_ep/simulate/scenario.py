@@ -165,6 +165,8 @@ def check(scenario: Scenario) -> Scenario:
              f"at most, or a multiple of, the {width} GPUs of a node")  # fmt: skip
     _require(width % layout.tp == 0 and layout.tp <= layout.stage_gpus, "simulate.tp", layout.tp,
              f"a divisor of the {width} GPUs of a node")  # fmt: skip
+    heads = model.attention.heads
+    _require(heads % layout.tp == 0, "simulate.tp", layout.tp, f"a divisor of model.attention.heads = {heads}")
     _require(layout.slots is not None or experts % layout.ep == 0, "mesh.expert", layout.ep,
              f"a divisor of model.moe.num_experts = {experts}, unless simulate.slots is given")  # fmt: skip
     _require(scenario.slots * layout.ep >= experts, "simulate.slots", scenario.slots,

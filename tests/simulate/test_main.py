@@ -10,7 +10,7 @@ import pytest
 
 from moe_ep.config import Config, ConfigError
 from moe_ep.override import apply
-from moe_ep.simulate import calibration, sweep, validation
+from moe_ep.simulate import calibration, layouts, validation
 from moe_ep.simulate.from_config import scenario_of
 from moe_ep.simulate.main import claims, simulate, table
 from moe_ep.simulate.points import POINTS
@@ -57,6 +57,7 @@ def test_what_does_not_fit_is_refused_with_the_missing_bytes_and_timed_only_by_n
         ("mesh.expert=3", "mesh.expert=3: allowed is"),
         ("mesh.expert=12", "mesh.expert=12: allowed is at most, or a multiple of, the 8 GPUs"),
         ("simulate.tp=3", "simulate.tp=3: allowed is a divisor"),
+        ("simulate.tp=16", "simulate.tp=16: allowed is a divisor of the 8 GPUs"),
         ("simulate.pp=100", "simulate.pp=100: allowed is at most the 61 layers"),
         ("simulate.routing=skewed", "simulate.routing=skewed: allowed is balanced"),
         ("simulate.placement=co_activated", "only with simulate.routing=trace"),
@@ -73,6 +74,19 @@ def test_impossible_layouts_are_refused_with_the_numbers(setting, message):
 def test_the_most_that_fits():
     scenario = scenario_of(apply(Config(), [*WIDE, "simulate.phase=decode", "simulate.sequences_per_gpu=none"]))
     assert 16 <= scenario.workload.sequences_per_gpu <= 24  # 9 GB of 0.44 GB each
+
+
+def test_heads_that_tensor_parallelism_does_not_divide_are_refused():
+    with pytest.raises(ConfigError, match="simulate.tp=8: allowed is a divisor of model.attention.heads = 12"):
+        run("simulate.tp=8", "model.attention.heads=12")
+
+
+def test_replicas_take_degrees_that_the_experts_do_not_divide():
+    """72 GPUs with four slots each hold 256 experts, 32 of them twice, as in published deployments."""
+    deployment = ("model.moe.num_experts=256", "mesh.expert=72", "simulate.ignore_memory=true")
+    assert run(*deployment, "simulate.slots=4", "simulate.placement=balanced")["inputs"]["layout"]["ep"] == 72
+    with pytest.raises(ConfigError, match="simulate.slots=3: allowed is at least 4: 256 experts on 72 GPUs"):
+        run(*deployment, "simulate.slots=3")
 
 
 def test_replicas_even_out_a_skewed_load():
@@ -135,7 +149,7 @@ def test_a_line_sweep_marks_what_does_not_fit(tmp_path):
 
 def test_search_finds_a_layout_that_fits_and_keeps_the_latency():
     base = scenario_of(apply(Config(), ["model.layers=8", "model.moe.num_experts=4", "simulate.phase=decode"]))
-    rows = sweep.search(base, latency_ms=20.0)
+    rows = layouts.search(base, latency_ms=20.0)
     best = rows[0]
     assert best["feasible"] and best["ms_per_token"] <= 20.0
     assert all(row["tokens_per_s"] <= best["tokens_per_s"] for row in rows if row["feasible"])
