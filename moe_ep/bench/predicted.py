@@ -21,9 +21,8 @@ def predict_full_size(config: Config) -> list[dict]:
     where they do not.
     """
     reference = Config(cluster=config.cluster)
-    error_bar = round(validation.fitted()[1]["system"], 4)
     return [
-        _row(setting, scenario, error_bar)
+        _row(setting, scenario)
         for reading in READINGS
         for setting in [Setting(reference, reading, assumed=False)]
         for phase in config.bench.phases
@@ -44,7 +43,7 @@ def _scenarios(setting: Setting, experts: int, phase: str, baselines: tuple[int,
     return scenarios
 
 
-def _row(setting: Setting, scenario: Scenario, error_bar: float) -> dict:
+def _row(setting: Setting, scenario: Scenario) -> dict:
     layout = scenario.layout
     staggered = dataclasses.replace(scenario, layout=dataclasses.replace(layout, overlap="staggered"))
     best: Prediction = min((predict(scenario), predict(staggered)), key=lambda one: one.step_s)
@@ -75,7 +74,7 @@ def _row(setting: Setting, scenario: Scenario, error_bar: float) -> dict:
         "bytes_per_device": {"total": sum(best.bytes_per_gpu.values())},
         "max_over_mean_load": best.max_over_mean_load,
         "feasible": best.feasible,
-        "error_bar": error_bar,
+        "error_bar": round(validation.bar_of_phase(scenario.workload.phase), 4),
         "kind": "predicted" if best.feasible else "predicted, memory ignored",
     }
 
