@@ -92,11 +92,13 @@ class Timeline:
 
         In every loop body half of the exchange has attention to hide behind and half
         has the experts, as in moe_ep.model.staggered; what exceeds them is exposed in
-        any order. Exchanges in no loop, the ends of the stack, count as hidden.
+        any order. Up to two exchanges outside a loop, the ends of the stack, count as hidden.
         """
         exchanges = [t for t in self.transfers if t.is_exchange]
         total = sum(t.seconds for t in exchanges)
-        exposed = sum(self._uncoverable_s(body) for body in {t.body for t in exchanges if t.count > 1})
+        bodies = [t.body for t in exchanges]
+        exposed = sum(self._uncoverable_s(t.body) for t in {t.body: t for t in exchanges}.values()
+                      if t.count > 1 or bodies.count(t.body) > 2)  # fmt: skip
         return 1.0 - exposed / total if total else 1.0
 
     def _uncoverable_s(self, body: str) -> float:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Int32
 
 from moe_ep.config import DispatchConfig
 from moe_ep.model.block import AttentionHalf, DenseBlock, MoEBlock
-from moe_ep.model.kv_cache import LatentCache, Lengths, Pages, last_rows
+from moe_ep.model.kv_cache import LatentCache, Lengths, Pages
 from moe_ep.model.moe import MoEReport
 from moe_ep.model.staggered import scan_staggered
 from moe_ep.shapes import Activations, Mask, Positions
@@ -72,11 +72,11 @@ def _prefill_whole(
 def _prefill_halves(
     x: Activations, positions: Positions, blocks: MoEBlock, bias: Bias, dispatch: DispatchConfig, replay: Replay
 ) -> tuple[Activations, Array, MoEReport]:
-    def attend(half: AttentionHalf, x: Activations, positions: Any) -> tuple[Activations, Array]:
-        return half.prefill(x, positions)
+    def attend(half: AttentionHalf, x: Activations, positions: Any, state: None) -> tuple[Activations, Array, None]:
+        return *half.prefill(x, positions), state
 
     extras = jnp.broadcast_to(positions[None], (bias.shape[0], *positions.shape))
-    x, reports, rows = scan_staggered(attend, x, blocks, bias, replay, extras, lambda step: step, dispatch)
+    x, reports, rows, _ = scan_staggered(attend, x, blocks, bias, replay, extras, lambda step: step, dispatch)
     return x, rows, reports
 
 
@@ -145,7 +145,7 @@ def decode_blocks(
       pages: of each sequence, in order.
       lengths: tokens of each sequence that the cache holds: the new one's position.
       bias: of every MoE layer.
-      dispatch: how rows travel. "staggered" needs sequences that are not in pages.
+      dispatch: how rows travel.
       replay: choices to use instead of the routers' own, where they are not negative.
       active: the sequences that there are, None for all; not with "staggered".
 
@@ -158,7 +158,7 @@ def decode_blocks(
 
     x, dense_rows = _scan_dense(attend, x, dense, cache.dense, pages)
     if dispatch.overlap == "staggered":
-        x, rows, reports = _decode_halves(x, moe, cache.moe, lengths, bias, dispatch, replay)
+        x, rows, reports = _decode_halves(x, moe, cache.moe, pages, lengths, bias, dispatch, replay)
     else:
         x, rows, reports = _scan_moe(attend, x, moe, cache.moe, pages, active, bias, dispatch, replay)
     return x, LatentCache(dense_rows, rows), reports
@@ -207,23 +207,23 @@ def _decode_halves(
     x: Activations,
     blocks: MoEBlock,
     cached: Array,
+    pages: Pages,
     lengths: Lengths,
     bias: Bias,
     dispatch: DispatchConfig,
     replay: Replay,
 ) -> tuple[Activations, Array, MoEReport]:
-    """Each half has its own sequences' rows of a layer; only the new ones leave the scan."""
+    """Both halves write into the one cache, each where its sequences' pages are."""
 
-    def attend(half: AttentionHalf, x: Activations, extra: tuple) -> tuple[Activations, Array]:
-        rows, lengths = extra
-        own = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
-        x, rows = half.decode(x, rows, own, lengths)
-        return x, last_rows(rows, lengths)
+    def attend(half: AttentionHalf, x: Activations, extra: tuple, rows: Array) -> tuple[Activations, None, Array]:
+        x, rows = half.decode(x, rows, *extra)
+        return x, None, rows
 
-    extras = (cached, jnp.broadcast_to(lengths[None], (bias.shape[0], *lengths.shape)))
-    x, reports, new = scan_staggered(attend, x, blocks, bias, replay, extras, lambda step: step, dispatch)
-    sequence = jnp.arange(lengths.shape[0], dtype=jnp.int32)
-    return x, cached.at[:, sequence, lengths].set(new, mode="drop"), reports
+    extras = (_pages_of_layers(cached, pages), jnp.broadcast_to(lengths[None], (bias.shape[0], *lengths.shape)))
+    x, reports, _, rows = scan_staggered(
+        attend, x, blocks, bias, replay, extras, lambda step: step, dispatch, state=_end_to_end(cached)
+    )
+    return x, rows.reshape(cached.shape), reports
 
 
 def _end_to_end(cached: Float[Array, "L n rows W"]) -> Float[Array, "Ln rows W"]:

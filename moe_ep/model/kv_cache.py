@@ -89,8 +89,3 @@ def write(
 def read(cached: Float[Array, "n rows W"], pages: Pages) -> Float[Array, "b s W"]:
     """Returns the rows of each sequence's pages, s = p x rows of them, in order."""
     return cached[pages].reshape(pages.shape[0], -1, cached.shape[2])
-
-
-def last_rows(cached: Float[Array, "n rows W"], lengths: Lengths) -> Float[Array, "n W"]:
-    """Returns each sequence's row at its length, of a cache without pages."""
-    return jnp.take_along_axis(cached, lengths[:, None, None], axis=1)[:, 0]

@@ -34,9 +34,10 @@ from moe_ep.model.moe import MoEReport
 from moe_ep.model.router import Routing
 from moe_ep.shapes import Activations, RouterBias, TokenRows, Weights
 
-# attend(half, x, extra) -> (x, kept): the attention half of a block on one micro-batch, with
-# what this layer has for it (a cache, say) and what it leaves behind.
-Attend = Callable[[AttentionHalf, Activations, Any], tuple[Activations, Any]]
+# attend(half, x, extra, state) -> (x, kept, state): the attention half of a block on one micro-batch,
+# with what this layer has for it (positions, say), what it leaves behind, and what every call
+# hands on to the next (a cache that is written in place), None if nothing.
+Attend = Callable[[AttentionHalf, Activations, Any, Any], tuple[Activations, Any, Any]]
 
 
 class _Packed(NamedTuple):
@@ -83,8 +84,10 @@ def scan_staggered(
     extras: Any,
     remember: Callable,
     dispatch: DispatchConfig,
+    *,
+    state: Any = None,
     unroll: bool = False,
-) -> tuple[Activations, MoEReport, Any]:
+) -> tuple[Activations, MoEReport, Any, Any]:
     """Runs a stack of MoE blocks on the two halves of a batch.
 
     Args:
@@ -96,10 +99,11 @@ def scan_staggered(
       extras: what attend takes, every leaf [L, b, ...], or None.
       remember: wraps a layer's body: what its backward pass keeps.
       dispatch: how rows travel, and the waves of this program.
+      state: what the first call of attend is given.
       unroll: write the layers out instead of looping.
 
     Returns:
-      The blocks' output; every layer's report; what attend left, leaves [L, b, ...].
+      The blocks' output; every layer's report; what attend left, leaves [L, b, ...]; the last state.
 
     Raises:
       ConfigError: the batch on a device does not split in two.
@@ -114,12 +118,11 @@ def scan_staggered(
     layers = (blocks, bias, _split(replay), _split(extras))
     one_layer = jax.tree.map(lambda leaf: leaf[0], layers)
     computed = jax.tree.map(_zeros, jax.eval_shape(body.compute_one, first, one_layer))
-    (first, second, computed), (reports, kept) = over_layers(
-        remember(body), (first, second, computed), layers, unroll
-    )
+    carry = (first, second, computed, state)
+    (first, second, computed, state), (reports, kept) = over_layers(remember(body), carry, layers, unroll)
     with jax.named_scope("moe"):
         second = exchanger.add(second, exchanger.move_back(computed), computed)
-    return jnp.concatenate([first, second]), reports, kept
+    return jnp.concatenate([first, second]), reports, kept, state
 
 
 def over_layers(step: Callable, carry: Any, layers: Any, unroll: bool) -> tuple[Any, Any]:
@@ -137,18 +140,18 @@ def over_layers(step: Callable, carry: Any, layers: Any, unroll: bool) -> tuple[
 
 @dataclasses.dataclass(frozen=True)
 class _Body:
-    """One layer of both micro-batches: (first, second, second's rows of the layer before) -> the same, a layer on."""
+    """One layer of both micro-batches: (first, second, second's rows of the layer before, state) -> the same, a layer on."""
 
     attend: Attend
     exchanger: _Exchanger
 
     def __call__(self, carry: tuple, layer: tuple) -> tuple[tuple, tuple]:
-        first, second, computed = carry
+        first, second, computed, state = carry
         block, bias, replays, extras = layer
         stages, experts = self.exchanger, block.moe.experts
         with jax.named_scope("moe"):
             came_back = stages.move_back(computed)
-        first, kept = self.attend(block.first, first, extras[0])
+        first, kept, state = self.attend(block.first, first, extras[0], state)
         came_back, first = _end_pair(came_back, first)
         first, routed, report = self._route(block, first, bias, replays[0])
         # The counts that a transport gathers here must not queue behind the next pair's exchange.
@@ -157,7 +160,7 @@ class _Body:
         with jax.named_scope("moe"):
             second = stages.add(second, came_back, computed)
             arrived = stages.move(routed)
-        second, second_kept = self.attend(block.first, second, extras[1])
+        second, second_kept, state = self.attend(block.first, second, extras[1], state)
         arrived, second = _end_pair(arrived, second)
         second, second_routed, second_report = self._route(block, second, bias, replays[1])
         arrived, second_routed = jax.lax.optimization_barrier((arrived, second_routed))
@@ -171,7 +174,7 @@ class _Body:
             computed = stages.compute(experts, second_routed, second_arrived)
             came_back, computed = _end_pair(came_back, computed)
             first = stages.add(first, came_back, first_computed)
-        return (first, second, computed), (_merge_reports(report, second_report), _join(kept, second_kept))
+        return (first, second, computed, state), (_merge_reports(report, second_report), _join(kept, second_kept))
 
     def _route(self, block: MoEBlock, x: Activations, bias: RouterBias, replay: Any) -> tuple:
         """Router, plan and packed rows of one micro-batch; shared experts join the stream here."""

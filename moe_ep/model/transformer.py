@@ -226,10 +226,10 @@ def _scan_halves(
     dispatch: DispatchConfig,
     unroll: bool,
 ) -> tuple[Activations, MoEReport]:
-    def attend(half: AttentionHalf, x: Activations, _: None) -> tuple[Activations, None]:
-        return half(x, _positions(x)), None
+    def attend(half: AttentionHalf, x: Activations, _: None, state: None) -> tuple[Activations, None, None]:
+        return half(x, _positions(x)), None, state
 
-    x, reports, _ = scan_staggered(attend, x, blocks, bias, replay, None, remember, dispatch, unroll)
+    x, reports, _, _ = scan_staggered(attend, x, blocks, bias, replay, None, remember, dispatch, unroll=unroll)
     return x, reports
 
 

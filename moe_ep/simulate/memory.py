@@ -29,7 +29,6 @@ def plan_of(scenario: Scenario) -> MemoryPlan:
         attention_share=1 / node if layout.split_attention_weights else 1 / layout.tp,
         tokens=workload.tokens,
         cached_tokens=workload.sequences_per_gpu * layout.pp * workload.context if decoding else 0.0,
-        copied_cache=decoding and batches == 2 and scenario.stack.is_compiled,
         buffer_rows=buffered * batches if layout.ep > 1 else 0.0,
         expert_rows=buffered,
         saved_layers=model.layers / layout.pp * in_flight if training else 0.0,
