@@ -19,7 +19,6 @@ class MemoryPlan:
       attention_share: the share of attention's weights on this GPU (1: replicated).
       tokens: tokens in flight on this GPU at once (all micro-batches of a step).
       cached_tokens: tokens whose keys and values stay on this GPU.
-      copied_cache: the MoE layers' cache is copied during a step (two staggered micro-batches).
       buffer_rows: rows of all (source, destination) buffers in flight, one direction; 0 where nothing is sent.
       expert_rows: rows of the compact buffer that the experts read at once.
       saved_layers: layers of all micro-batches in flight whose activations a training
@@ -39,7 +38,6 @@ class MemoryPlan:
     buffer_rows: Number
     expert_rows: Number
     saved_layers: Number = 0.0
-    copied_cache: bool = False
     remat: str = "keep_dispatch"
 
 
@@ -61,7 +59,7 @@ def parameters_per_gpu(plan: MemoryPlan) -> dict[str, Number]:
 
 
 def bytes_per_gpu(plan: MemoryPlan) -> dict[str, Number]:
-    """Returns bytes of one GPU by part: weights, gradients, optimizer, kv_cache, cache_copy, activations, buffers."""
+    """Returns bytes of one GPU by part: weights, gradients, optimizer, kv_cache, activations, buffers."""
     parameters = parameters_per_gpu(plan)
     count = sum(parameters.values())
     small = parameters["router"] + parameters["norm"]  # kept in float32
@@ -72,18 +70,9 @@ def bytes_per_gpu(plan: MemoryPlan) -> dict[str, Number]:
         parts["optimizer"] = count * _ADAM_BYTES
     attention, layers = plan.model.attention, plan.layer_share * plan.model.layers
     parts["kv_cache"] = plan.cached_tokens * layers * attention.cache_dim * plan.cache_bytes
-    parts["cache_copy"] = copied_cache_bytes(plan)
     parts["buffers"] = _buffers(plan)
     parts["activations"] = _activations(plan, parts["buffers"])
     return parts
-
-
-def copied_cache_bytes(plan: MemoryPlan) -> Number:
-    """Returns the bytes of the cache's copy, 0 where it is written in place."""
-    if not plan.copied_cache:
-        return 0.0
-    layers = plan.layer_share * plan.model.moe_layers
-    return plan.cached_tokens * layers * plan.model.attention.cache_dim * plan.cache_bytes
 
 
 def _activations(plan: MemoryPlan, buffers: Number) -> Number:

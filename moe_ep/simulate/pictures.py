@@ -13,7 +13,7 @@ from matplotlib.colors import TwoSlopeNorm  # noqa: E402
 from moe_ep.cost.units import Number
 
 _COLOURS = ("#1f5fa8", "#d1642a", "#3c8d53", "#8a5aa8", "#b03a48", "#707070", "#2a9d9d", "#a8842c", "#444444")
-_NAMES = {"kv_cache": "cache of keys and values", "cache_copy": "its copy while staggered", "buffers": "exchange buffers"}
+_NAMES = {"kv_cache": "cache of keys and values", "buffers": "exchange buffers"}
 _FIXED = "{gpu}, {experts} experts, top-{top_k}; kernels {kernels}, network {network}, routing {routing}"
 
 Inputs = dict[str, typing.Any]

@@ -5,7 +5,7 @@ import dataclasses
 from moe_ep.config import parameters_by_part
 from moe_ep.cost import network, program, work
 from moe_ep.cost.kernels import memory_pass
-from moe_ep.cost.memory import copied_cache_bytes, parameters_per_gpu, saved_bytes, scanned_parameters
+from moe_ep.cost.memory import parameters_per_gpu, saved_bytes, scanned_parameters
 from moe_ep.cost.units import Number
 from moe_ep.simulate.layer import Block, attention_seconds, make_block, with_backward
 from moe_ep.simulate.memory import plan_of
@@ -57,7 +57,7 @@ def stage_work(scenario: Scenario) -> StageWork:
     return StageWork(
         forward=blocks(backward=False),
         backward=blocks(backward=True) if training else [],
-        dense_s=batches * _dense_seconds(scenario, tokens, False) + _cache_copy_seconds(scenario),
+        dense_s=batches * _dense_seconds(scenario, tokens, False),
         dense_backward_s=batches * _dense_seconds(scenario, tokens, True) + _kept_seconds(scenario) if training else 0.0,
         update_s=_update_seconds(scenario) if training else 0.0,
         send_s=_send_seconds(scenario),
@@ -82,10 +82,6 @@ def _dense_seconds(scenario: Scenario, tokens: Number, backward: bool) -> Number
     logits = tokens / workload.context if workload.phase == "prefill" else tokens
     head = with_backward(scenario, work.output_head(model, logits, 1), backward, False)
     return model.dense_layers * dense + head
-
-
-def _cache_copy_seconds(scenario: Scenario) -> Number:
-    return _pass_time(scenario, 2 * copied_cache_bytes(plan_of(scenario)))
 
 
 def _kept_seconds(scenario: Scenario) -> Number:
