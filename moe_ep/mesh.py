@@ -19,6 +19,16 @@ ALL_AXES = (DATA, NODE, GPU)
 TOKENS = PartitionSpec(ALL_AXES)  # the leading axis of every batch
 REPLICATED = PartitionSpec()
 
+# Under which this project compiles for GPUs, real or absent.
+COMPILER_OPTIONS = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    # The dot merger joins products that share an operand: it concatenates a layer's
+    # weights in every layer, and undoes chunks.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    # cuBLAS reads a layer's weights where they lie in the stack; Triton's fusions get a copy.
+    "xla_gpu_enable_triton_gemm": False,
+}
+
 
 def join_processes(coordinator: str, processes: int | None, process: int | None) -> None:
     """Makes this process one of several that share all their devices; before anything else is asked of jax.
@@ -114,6 +124,11 @@ def free_bytes(mesh: Mesh) -> float:
         return min(each["bytes_limit"] - each["bytes_in_use"] for each in statistics)
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return available / 2 / len(mesh.local_devices)
+
+
+def compiler_options(platform: str) -> dict[str, bool | int] | None:
+    """Returns what programs are compiled with on "gpu" or "cpu"."""
+    return COMPILER_OPTIONS if platform == "gpu" else None
 
 
 def vary(tree: object) -> object:

@@ -23,16 +23,6 @@ from moe_ep.serve.restore import abstract_parameters
 from moe_ep.train.state import abstract_state, platform_of
 from moe_ep.train.step import CHOICES, make_step
 
-# Under which this project compiles for GPUs, real or absent.
-COMPILER_OPTIONS = {
-    "xla_gpu_enable_latency_hiding_scheduler": True,
-    # The dot merger joins products that share an operand: it concatenates a layer's
-    # weights in every layer, and undoes chunks.
-    "xla_gpu_dot_merger_threshold_mb": 0,
-    # cuBLAS reads a layer's weights where they lie in the stack; Triton's fusions get a copy.
-    "xla_gpu_enable_triton_gemm": False,
-}
-
 CHOICES_OF_LAYERS = P(None, ALL_AXES)  # layer, token, choice
 
 
@@ -208,11 +198,6 @@ def _jit_like(like: Any, make: Callable[..., Any], **options: Any) -> Callable[.
     # Run a few times at most, so on a CPU time goes to compiling random bits.
     compiler = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
     return jax.jit(cast, out_shardings=placed, compiler_options=compiler, **options)
-
-
-def compiler_options(platform: str) -> dict[str, bool | int] | None:
-    """Returns what programs are compiled with on "gpu" or "cpu"."""
-    return COMPILER_OPTIONS if platform == "gpu" else None
 
 
 PHASES = {"prefill": _prefill, "decode": _decode, "train": _train}

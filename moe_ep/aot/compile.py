@@ -12,8 +12,8 @@ from moe_ep.aot.schedule import read_schedule
 from moe_ep.aot.timeline import Timeline, walk
 from moe_ep.aot.topology import compile_only_devices
 from moe_ep.config import Config, require
-from moe_ep.mesh import make_mesh
-from moe_ep.programs import COMPILER_OPTIONS, Program, make_program
+from moe_ep.mesh import COMPILER_OPTIONS, make_mesh
+from moe_ep.programs import Program, make_program
 
 
 # Without a GPU autotuning measures nothing: it compiles candidates and takes the first, half of a training

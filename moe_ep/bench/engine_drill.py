@@ -21,10 +21,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_ep.bench import command, report
-from moe_ep.config import ClusterConfig, DispatchConfig, MeshConfig, ModelConfig, cpu8_tiny
-from moe_ep.mesh import TOKENS, make_mesh, shardings, vary
+from moe_ep.config import ClusterConfig, Config, DispatchConfig, MeshConfig, ModelConfig, cpu8_tiny
+from moe_ep.mesh import TOKENS, make_mesh, shardings, some_devices, vary
 from moe_ep.model.kv_cache import CACHE, make_cache
 from moe_ep.model.transformer import Transformer, for_platform
+from moe_ep.programs import init_served_parameters
 from moe_ep.serve import Completion, Engine, EngineSize, Refused, Request
 
 _REQUESTS = flags.DEFINE_integer("requests", 500, "Requests that go through the engine.", lower_bound=10)
@@ -53,10 +54,13 @@ def _model() -> ModelConfig:
 
 @functools.cache
 def _parameters(mesh: Mesh, seed: int) -> Transformer:
-    random = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), _model()))
-    values = jax.tree.map(lambda leaf: random.normal(0.0, 0.1, leaf.shape).astype(leaf.dtype), shapes)
-    return jax.device_put(values, shardings(mesh, nnx.get_partition_spec(shapes)))
+    values = _values(seed)
+    return jax.device_put(values, shardings(mesh, nnx.get_partition_spec(values)))
+
+
+@functools.cache
+def _values(seed: int) -> Transformer:
+    return jax.device_get(init_served_parameters(Config(model=_model(), seed=seed), _mesh(1, 1)))
 
 
 def _bias() -> jax.Array:
@@ -65,7 +69,7 @@ def _bias() -> jax.Array:
 
 def _mesh(data: int, expert: int) -> Mesh:
     cluster = ClusterConfig(gpus_per_node=min(expert, 4), nics_per_node=1)  # wide meshes have two nodes
-    return make_mesh(MeshConfig(data, expert), cluster, _model().moe.num_experts, jax.devices()[: data * expert])
+    return make_mesh(MeshConfig(data, expert), cluster, _model().moe.num_experts, some_devices(data * expert))
 
 
 def _engine(mesh: Mesh, seed: int, size: EngineSize = SIZE, **dispatch: Any) -> Engine:
@@ -101,7 +105,7 @@ def _tokens(completions: dict[str, Completion]) -> dict[str, tuple[int, ...]]:
 
 def many_requests(seed: int, count: int) -> list[Row]:
     """Runs all requests at once and then each alone in the same engine."""
-    engine = _engine(_mesh(1, len(jax.devices())), seed)
+    engine = _engine(_mesh(1, jax.device_count()), seed)
     requests = _requests(count, seed, drawn=True)
     before, live_bytes, together, steps = engine.statistics(), [], {}, 0
     started = time.perf_counter()
@@ -152,7 +156,7 @@ def many_requests(seed: int, count: int) -> list[Row]:
 
 def bad_requests(seed: int) -> list[Row]:
     """Sends cancelled, empty, over-long and duplicate requests among good ones."""
-    engine = _engine(_mesh(1, len(jax.devices())), seed)
+    engine = _engine(_mesh(1, jax.device_count()), seed)
     good = _requests(40, seed + 1, drawn=False)
     expected = _tokens(_complete(engine, good))
     bad = [
@@ -184,7 +188,7 @@ def bad_requests(seed: int) -> list[Row]:
 
 def layouts(seed: int) -> list[Row]:
     """Compares greedy tokens across EP degrees, data x expert, transports, and with one page a sequence."""
-    requests, devices = _requests(32, seed + 2, drawn=False), len(jax.devices())
+    requests, devices = _requests(32, seed + 2, drawn=False), jax.device_count()
     one_page = dataclasses.replace(SIZE, page_rows=SIZE.context, pages_per_sequence=1, pages=SIZE.slots)
     degrees = [expert for expert in (1, 2, 4, 8) if expert <= devices]
     cases = [(1, expert, "all_to_all", SIZE) for expert in degrees]
@@ -210,7 +214,7 @@ def layouts(seed: int) -> list[Row]:
 
 def logits(seed: int, steps: int) -> list[Row]:
     """Compares chunks and decoded tokens with the teacher-forced forward of whole sequences."""
-    return [_largest_difference(expert, seed, steps) for expert in (1, 2, 8) if expert <= len(jax.devices())]
+    return [_largest_difference(expert, seed, steps) for expert in (1, 2, 8) if expert <= jax.device_count()]
 
 
 def _largest_difference(expert: int, seed: int, steps: int) -> Row:
@@ -291,7 +295,7 @@ def main(argv: list[str]) -> None:
     result = {
         "kind": "measured",
         **report.provenance(command.command_line("moe_ep.bench.engine_drill"), command.COMMIT.value),
-        "devices": f"{len(jax.devices())} x {jax.devices()[0].platform}, emulated where they are CPUs",
+        "devices": f"{jax.device_count()} x {jax.default_backend()}, emulated where they are CPUs",
         "seed": seed,
     }
     rows = [

@@ -15,10 +15,10 @@ from moe_ep.bench.grid import Cell, Contender, Layout, config_of
 from moe_ep.bench.routings import DRAWS, draw_choices, draw_tokens
 from moe_ep.config import Config
 from moe_ep.dispatch import DispatchCounts
-from moe_ep.mesh import REPLICATED, make_mesh, place_batch, some_devices
+from moe_ep.mesh import REPLICATED, compiler_options, make_mesh, place_batch, some_devices
 from moe_ep.model.kv_cache import CACHE, LatentCache, make_cache, round_up_rows
 from moe_ep.model.transformer import Transformer
-from moe_ep.programs import CHOICES_OF_LAYERS, compiler_options, init_served_parameters, make_program
+from moe_ep.programs import CHOICES_OF_LAYERS, init_served_parameters, make_program
 from moe_ep.train.state import init_state, platform_of
 from moe_ep.train.step import CHOICES, with_waves
 from moe_ep.train.waves import Waves

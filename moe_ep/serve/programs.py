@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int32
 
 from moe_ep.config import DispatchConfig, ModelConfig, MoEConfig
 from moe_ep.dispatch import TRANSPORTS, make_exchange
-from moe_ep.mesh import ALL_AXES, REPLICATED, TOKENS, expert_degree, shardings, vary
+from moe_ep.mesh import ALL_AXES, REPLICATED, TOKENS, compiler_options, expert_degree, shardings, vary
 from moe_ep.model.kv_cache import CACHE, LatentCache
 from moe_ep.model.transformer import Transformer
 from moe_ep.serve.inputs import ChunkInputs, DecodeInputs, Sampling
@@ -130,4 +130,5 @@ def _jit(on_device: Callable, specs: Transformer, mesh: Mesh) -> Callable:
         in_shardings=shardings(mesh, placed),
         out_shardings=tuple(NamedSharding(mesh, spec) for spec in out),
         donate_argnums=3,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
