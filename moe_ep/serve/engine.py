@@ -20,7 +20,7 @@ from moe_ep.config import DispatchConfig, ModelConfig
 from moe_ep.mesh import TOKENS
 from moe_ep.model.kv_cache import CACHE, make_cache
 from moe_ep.model.transformer import Transformer
-from moe_ep.serve.inputs import ChunkInputs
+from moe_ep.serve.inputs import ChunkInputs, DecodeInputs
 from moe_ep.serve.programs import Programs, StepReport, any_routing, holds_any_routing, make_programs, serving_dispatch
 from moe_ep.serve.request import Refused, Request, Update
 from moe_ep.serve.sampler import Sampler, draw, greedy
@@ -122,9 +122,23 @@ class Engine:
         """Compiles every program; afterwards none is compiled any more."""
         for programs in self._programs:
             for _ in range(2):  # what a program returned may be placed unlike what it was first given
-                self._warm(programs.chunk, no_chunk(self.size, self._devices))
-                self._warm(programs.decode, no_decode(self.size, self._devices))
+                self.run_inputs(no_chunk(self.size, self._devices), programs)
+                self.run_inputs(no_decode(self.size, self._devices), programs)
         jax.block_until_ready(self._cache)
+
+    def run_inputs(self, inputs: ChunkInputs | DecodeInputs, programs: Programs | None = None) -> StepReport:
+        """Runs one step as it is given, which changes cache and newest tokens: while no request is in the engine.
+
+        Args:
+          inputs: of the step.
+          programs: to run it on; None: the usual ones.
+        """
+        programs = programs or self._programs[0]
+        program = programs.chunk if isinstance(inputs, ChunkInputs) else programs.decode
+        self._newest, self._cache, report = program(
+            self._parameters, self._bias, self._newest, self._cache, inputs
+        )
+        return report
 
     def submit(self, request: Request) -> None:
         """Queues a request.
@@ -196,9 +210,6 @@ class Engine:
         placed = (NamedSharding(self._mesh, TOKENS), NamedSharding(self._mesh, CACHE))
         return jax.jit(make, out_shardings=placed)()
 
-    def _warm(self, program, inputs) -> None:
-        self._newest, self._cache, _ = program(self._parameters, self._bias, self._newest, self._cache, inputs)
-
     def _dispatch(self, work: Work) -> None:
         self._run(work, self._programs[-1 if self._wide_steps_left else 0])
         self._wide_steps_left = max(self._wide_steps_left - 1, 0)
@@ -210,8 +221,7 @@ class Engine:
 
     def _run(self, work: Work, programs: Programs) -> None:
         before = self._newest
-        program = programs.chunk if isinstance(work.inputs, ChunkInputs) else programs.decode
-        self._newest, self._cache, report = program(self._parameters, self._bias, before, self._cache, work.inputs)
+        report = self.run_inputs(work.inputs, programs)
         report.newest.copy_to_host_async()
         self._in_flight.append(_InFlight(work, before, report, programs.waves))
 
