@@ -169,7 +169,7 @@ class GenerateConfig:
     top_k: int = 0  # draw from so many most likely tokens; 0: from all
     top_p: float = 1.0  # draw from the most likely tokens that together have this probability
     sequences_per_device: int = 8  # that decode at once, at most
-    context: int | None = None  # tokens of the longest prompt and its completion; none: what the prompts need
+    context: int | None = None  # tokens of the longest prompt and its completion, in whole pages of 64; none: as needed
     prefill_tokens: int | None = None  # of a step on one device; none: the most that fits, up to 4096
     cache_tokens_per_device: int | None = None  # none: the most that fits and is of use
 
