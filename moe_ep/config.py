@@ -262,7 +262,7 @@ class BenchConfig:
     profile: bool = False  # on a GPU, also how long it idles between kernels
     predict: bool = False  # also the full-size comparison, by the simulator
     transports: tuple[Literal["all_to_all", "all_gather", "ragged"], ...] = ("all_to_all", "all_gather", "ragged")
-    smallest_bytes: int = 2**14  # messages of all_to_all, doubled up to ...
+    smallest_bytes: int = 2**14  # messages of all_to_all, four times the last up to ...
     largest_bytes: int = 2**22
     results: str = ""  # a folder that the finished tables are copied to; none: the work directory only
 

@@ -26,6 +26,7 @@ from moe_ep.metrics import human_bytes
 
 _WIDEST_ROW = 1024
 _SAMPLES = 7
+_GROWTH = 4  # of a message to the next
 
 Rows = BFloat16[Array, "rows D"]
 
@@ -166,7 +167,7 @@ def _messages(config: Config, devices: int) -> Iterator[Message]:
         values = max(size // 2 // devices, 1)
         rows = max(values // _WIDEST_ROW, 1)
         yield Message(devices, rows, values // rows)
-        size *= 2
+        size *= _GROWTH
 
 
 def _measure(message: Message, collectives: dict[str, Collective], mesh: Mesh) -> Iterator[dict]:

@@ -88,7 +88,7 @@ def _measure(
         rows = [make_row(cell, one, routing, seconds[name], ceilings) for name, one in running.items()]
         if bench.profile:
             for row, one in zip(rows, running.values(), strict=True):
-                row["profile"] = profile_steps(one.step, bench.steps, one.compiled.as_text())
+                row["profile"] = profile_steps(one.step, bench.steps)
         finished.add(_key(config, cell, routing), rows)
         fastest = max(rows, key=lambda row: row["tokens_per_s"])
         progress.done(

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import jax
 
-from moe_ep.bench.profile import by_scope, kernels_of
-
 # Dependent kernels of one queue follow one another within a few microseconds; what is longer waits for the host.
 _LAUNCH_GAP_NS = 10_000
 _KERNELS_SHOWN = 12
@@ -23,17 +21,8 @@ class Event(NamedTuple):
     end: float
 
 
-def profile_steps(step: Callable[[], jax.Array], steps: int, program: str) -> dict:
-    """Returns idle shares, and times by kernel and by named scope, of so many steps launched one ahead.
-
-    Args:
-      step: launches one.
-      steps: how many.
-      program: the compiled program's text, whose metadata names the scopes.
-
-    Returns:
-      {} where no GPU is.
-    """
+def profile_steps(step: Callable[[], jax.Array], steps: int) -> dict:
+    """Returns the idle shares and the kernels' times of so many steps, launched one ahead; {} where no GPU is."""
     step().block_until_ready()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -42,11 +31,7 @@ def profile_steps(step: Callable[[], jax.Array], steps: int, program: str) -> di
                 current, ahead = ahead, step()
                 current.block_until_ready()
             ahead.block_until_ready()
-        summary = summarize(device_events(Path(folder)), steps + 1)
-        if summary:
-            scopes = by_scope(kernels_of(Path(folder), program, steps + 1))
-            summary["scopes_ms_per_step"] = {name: seconds * 1e3 for name, seconds in scopes.items()}
-        return summary
+        return summarize(device_events(Path(folder)), steps + 1)
 
 
 def device_events(folder: Path) -> list[Event]:
