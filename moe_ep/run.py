@@ -79,6 +79,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator=HOST:PORT.")
 _PROCESS = flags.DEFINE_integer("process", None, "The number of this one, from 0.")
+_PROFILE = flags.DEFINE_string("profile", None, "A directory for a trace of the run by the JAX profiler (scripts/profile).")
 
 
 def _choose_devices(emulated: int) -> None:
@@ -142,7 +143,7 @@ def main(_: list[str]) -> None:
         config = _load_config()
         _choose_devices(_DEVICES.value)
         first = _join_processes()
-        with _printing(first):
+        with _printing(first), _profiling():
             result = MODES[_MODE.value](config, _workdir())
         if _JSON.value and first:
             _write_json(result, _JSON.value, stdout)
@@ -176,6 +177,14 @@ def _printing(first: bool) -> Iterator[None]:
         yield
 
 
+def _profiling() -> contextlib.AbstractContextManager:
+    if _PROFILE.value is None:
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.profiler.trace(_PROFILE.value)
+
+
 def _refuse(message: str) -> None:
     """Ends with exit code 2 and one line."""
     print("moe_ep: " + " ".join(message.split()), file=sys.stderr, flush=True)
@@ -193,7 +202,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 _FLAG_NAMES = (
-    "mode", "config", "set", "devices", "workdir", "json", "coordinator", "processes", "process",
+    "mode", "config", "set", "devices", "workdir", "json", "coordinator", "processes", "process", "profile",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from moe_ep import metrics
 from moe_ep.config import Config, ConfigError, parameters_by_part, require, to_json
 from moe_ep.data import Dataset, make_dataset
 from moe_ep.hardware import gpu_of_device_kind
-from moe_ep.mesh import peak_bytes, place_batch
+from moe_ep.mesh import is_first_process, peak_bytes, place_batch
 from moe_ep.train.balance import interval_from_ms
 from moe_ep.train.checkpoint import Checkpoints
-from moe_ep.train.record import Recorder
+from moe_ep.train.record import Follower, Recorder
 from moe_ep.train.sample import sample_text
 from moe_ep.train.state import TrainState, abstract_state, init_state
 from moe_ep.train.step import StepReport, make_evaluate, make_step, with_waves
@@ -44,7 +44,7 @@ class _Run(NamedTuple):
     steps: Callable[[int], Callable]  # waves -> program
     evaluations: Callable[[int], Callable]
     waves: Waves
-    recorder: Recorder
+    recorder: Recorder | Follower
 
 
 def train(config: Config, mesh: Mesh, workdir: Path) -> dict:
@@ -66,7 +66,8 @@ def train(config: Config, mesh: Mesh, workdir: Path) -> dict:
         print(line, flush=True)
     if first_step:
         print(f"resumed after step {first_step} of {config.train.steps}", flush=True)
-    recorder = Recorder(workdir, first_step, config.train.steps)
+    record = Recorder if is_first_process() else Follower
+    recorder = record(workdir, first_step, config.train.steps)
     run = _Run(
         config,
         mesh,
@@ -219,7 +220,7 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
 
 
 def _claim(workdir: Path, config: Config) -> None:
-    """Writes the resolved config; a directory with another model's or other data's run is refused."""
+    """Writes the resolved config, in the first process; a directory with another model's or data's run is refused."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -233,7 +234,9 @@ def _claim(workdir: Path, config: Config) -> None:
                 raise ConfigError(
                     f"--workdir={workdir}: allowed is a new directory, or one whose config.json has the same {part}"
                 )
-    path.write_text(to_json(config), encoding="utf-8")
+    if is_first_process():  # in one move: the others may be reading it
+        (workdir / "config.json.new").write_text(to_json(config), encoding="utf-8")
+        (workdir / "config.json.new").replace(path)
 
 
 def _result(config: Config, history: list[dict], workdir: Path) -> dict:

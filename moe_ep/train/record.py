@@ -87,6 +87,30 @@ class Recorder:
             print(f"step {metrics['step']:>{len(str(self._steps))}}/{self._steps}  {facts}", flush=True)
 
 
+class Follower:
+    """A process that leaves the record to the first one, and keeps the history alone; arguments as Recorder's."""
+
+    def __init__(self, workdir: Path, first_step: int, steps: int):
+        del steps
+        self.history = [line for line in _read_lines(workdir / "metrics.jsonl") if line["step"] <= first_step]
+
+    def step(self, metrics: dict, expert_counts: np.ndarray) -> None:
+        del expert_counts
+        self.history.append(metrics)
+
+    def say(self, text: str) -> None:
+        del text
+
+    def save_choices(self, choices: np.ndarray) -> None:
+        del choices
+
+    def save_load(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _read_lines(path: Path) -> Iterator[dict]:
     """Yields the whole lines of a file that a killed run may have left with half a line at its end."""
     if not path.exists():

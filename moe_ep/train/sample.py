@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_ep.config import Config
 from moe_ep.data import Tokenizer
-from moe_ep.mesh import TOKENS, place_batch, vary
+from moe_ep.mesh import REPLICATED, TOKENS, place_batch, vary
 from moe_ep.train.state import TrainState
 from moe_ep.train.step import parameter_specs
 
@@ -55,4 +55,8 @@ def _make_next_logits(config: Config, mesh: Mesh):
         in_specs=(specs, P(), TOKENS, P()),
         out_specs=TOKENS,
     )
-    return jax.jit(lambda state, tokens, position: sharded(state.parameters, state.bias, tokens, position)[0])
+    # On every device, so that each process has the logits and draws the same token.
+    return jax.jit(
+        lambda state, tokens, position: sharded(state.parameters, state.bias, tokens, position)[0],
+        out_shardings=NamedSharding(mesh, REPLICATED),
+    )
