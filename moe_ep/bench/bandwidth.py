@@ -6,8 +6,9 @@ all_gather). The algorithm's bandwidth is the message over the time; the bus ban
 is that times (n - 1) / n, what crosses a device's links (nccl-tests, doc/PERFORMANCE.md).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,18 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import BFloat16
 
 from moe_ep.bench import report
+from moe_ep.bench.sweep import Finished, Progress, Rows, make_key
 from moe_ep.bench.timing import Contender, measure_in_turns
 from moe_ep.config import Config, DispatchConfig, MeshConfig, require
 from moe_ep.dispatch import TRANSPORTS, Exchange, make_exchange
-from moe_ep.mesh import ALL_AXES, EXPERT, TOKENS, make_mesh, vary
+from moe_ep.mesh import ALL_AXES, EXPERT, TOKENS, make_mesh, some_devices, vary
 from moe_ep.metrics import human_bytes
 
 _WIDEST_ROW = 1024
 _SAMPLES = 7
 _GROWTH = 4  # of a message to the next
 
-Rows = BFloat16[Array, "rows D"]
+MessageRows = BFloat16[Array, "_ D"]
 
 
 class Message(NamedTuple):
@@ -49,13 +51,13 @@ class Collective(NamedTuple):
     move(rows, message) -> what arrived; `expected` is what must; `again` makes rows of what arrived.
     """
 
-    rows: Callable[[Message], Rows]
-    move: Callable[[Rows, Message], Array]
+    rows: Callable[[Message], MessageRows]
+    move: Callable[[MessageRows, Message], Array]
     expected: Callable[[Message], Array]
-    again: Callable[[Array, Message], Rows]
+    again: Callable[[Array, Message], MessageRows]
 
 
-def _value(source: Array, place: Array, width: int) -> Rows:
+def _value(source: Array, place: Array, width: int) -> MessageRows:
     """Returns rows that tell their source and place, in whole numbers that bfloat16 holds; the arguments broadcast."""
     start = (source * 31 + place * 7).reshape(-1, 1)
     return ((start + 3 * jnp.arange(width, dtype=jnp.int32)[None, :]) % 251).astype(jnp.bfloat16)
@@ -69,64 +71,62 @@ def _places(count: int) -> Array:
     return jnp.arange(count, dtype=jnp.int32)
 
 
-def _of_everyone(message: Message) -> Rows:
+def _of_everyone(message: Message) -> MessageRows:
     """What every source has for this device, in the order of sources."""
     source, row = jnp.divmod(_places(message.peers * message.rows), message.rows)
     return _value(source, _me() * message.rows + row, message.width)
 
 
-def _exchange(message: Message, transport: str) -> Exchange:
-    dispatch = DispatchConfig(transport=transport, margin_sigmas=0.0, overlap="none")
-    return make_exchange(
-        dispatch, experts=message.peers, peers=message.peers, tokens=message.peers * message.rows, top_k=1
-    )
+def _plan(message: Message, transport: str) -> tuple[Any, Exchange]:
+    """Returns the plan of as many rows for every peer; what a transport's move does not need of it is never computed."""
+    dispatch, tokens = DispatchConfig(transport=transport, margin_sigmas=0.0, overlap="none"), message.peers * message.rows
+    exchange = make_exchange(dispatch, experts=message.peers, peers=message.peers, tokens=tokens, top_k=1)
+    choices = vary((_places(tokens) // message.rows)[:, None])
+    return TRANSPORTS[transport].plan(choices, exchange), exchange
 
 
-def _all_to_all(rows: Rows, message: Message) -> Rows:
+def _all_to_all(rows: MessageRows, message: Message) -> MessageRows:
     buffer = rows.reshape(message.peers, message.rows, message.width)
-    (arrived,) = TRANSPORTS["all_to_all"].move([buffer], None, _exchange(message, "all_to_all"))
+    (arrived,) = TRANSPORTS["all_to_all"].move([buffer], *_plan(message, "all_to_all"))
     return arrived.reshape(rows.shape)
 
 
-def _ragged(rows: Rows, message: Message) -> Rows:
-    exchange = _exchange(message, "ragged")
-    choices = vary((_places(rows.shape[0]) // message.rows)[:, None])
-    plan = TRANSPORTS["ragged"].plan(choices, exchange)
-    (arrived,) = TRANSPORTS["ragged"].move(rows, plan, exchange)
+def _ragged(rows: MessageRows, message: Message) -> MessageRows:
+    (arrived,) = TRANSPORTS["ragged"].move(rows, *_plan(message, "ragged"))
     return arrived[: rows.shape[0]]
 
 
-def _all_gather(rows: Rows, message: Message) -> Rows:
-    return TRANSPORTS["all_gather"].move(rows, None, _exchange(message, "all_gather"))
+def _all_gather(rows: MessageRows, message: Message) -> MessageRows:
+    return TRANSPORTS["all_gather"].move(rows, *_plan(message, "all_gather"))
 
 
-def _psum_scatter(rows: Rows, message: Message) -> Rows:
-    return TRANSPORTS["all_gather"].move_back(rows, None, _exchange(message, "all_gather"))
+def _psum_scatter(rows: MessageRows, message: Message) -> MessageRows:
+    return TRANSPORTS["all_gather"].move_back(rows, *_plan(message, "all_gather"))
 
 
-def _all_rows(message: Message) -> Rows:
+def _all_rows(message: Message) -> MessageRows:
     return _value(_me(), _places(message.peers * message.rows), message.width)
 
 
-def _few_rows(message: Message) -> Rows:
+def _few_rows(message: Message) -> MessageRows:
     return _value(_me(), _places(message.rows), message.width)
 
 
-def _gathered(message: Message) -> Rows:
+def _gathered(message: Message) -> MessageRows:
     source, row = jnp.divmod(_places(message.peers * message.rows), message.rows)
     return _value(source, row, message.width)
 
 
-def _ones_and_zeros(message: Message) -> Rows:
+def _ones_and_zeros(message: Message) -> MessageRows:
     return _all_rows(message) % 2
 
 
-def _sums(message: Message) -> Rows:
+def _sums(message: Message) -> MessageRows:
     of_everyone = (_of_everyone(message) % 2).reshape(message.peers, message.rows, message.width)
     return jnp.sum(of_everyone.astype(jnp.float32), axis=0).astype(jnp.bfloat16)
 
 
-def _same(arrived: Rows, message: Message) -> Rows:
+def _same(arrived: MessageRows, message: Message) -> MessageRows:
     del message
     return arrived
 
@@ -146,19 +146,31 @@ COLLECTIVES = {
 }  # fmt: skip
 
 
-def measure_bandwidth(config: Config) -> list[dict]:
-    """Returns a row for each message size and collective of `config.bench.transports`, on all devices.
+def make_messages(config: Config, devices: int) -> list[Message]:
+    """Returns the sizes to measure, none where the study is not asked for.
 
     Raises:
       ConfigError: one device has nobody to send to.
     """
-    devices = jax.device_count()
+    if "all_to_all" not in config.bench.studies:
+        return []
     require(devices > 1, "bench.studies", "all_to_all", "two devices or more for this study")
-    mesh = make_mesh(MeshConfig(1, devices), config.cluster, devices)
-    collectives = {
-        name: one for transport in config.bench.transports for name, one in COLLECTIVES[transport].items()
-    }
-    return [row for message in _messages(config, devices) for row in _measure(message, collectives, mesh)]
+    return list(_messages(config, devices))
+
+
+def measure_bandwidth(config: Config, messages: list[Message], finished: Finished, progress: Progress) -> Rows:
+    """Returns a row for each message and collective of `config.bench.transports`, on all devices; those kept are read."""
+    rows: Rows = []
+    for message in messages:
+        key = make_key("bandwidth", message, config.bench.transports, dataclasses.asdict(config.cluster))
+        if finished.get(key) is None:
+            finished.add(key, list(_measure(message, config)))
+        rows += finished.get(key)
+        fastest = max(finished.get(key), key=lambda row: row["bus_bytes_per_s"])
+        progress.done(
+            f"{human_bytes(message.bytes)}: {fastest['collective']} {fastest['bus_bytes_per_s'] / 1e9:.2f} GB/s on the bus"
+        )
+    return rows
 
 
 def _messages(config: Config, devices: int) -> Iterator[Message]:
@@ -170,14 +182,19 @@ def _messages(config: Config, devices: int) -> Iterator[Message]:
         size *= _GROWTH
 
 
-def _measure(message: Message, collectives: dict[str, Collective], mesh: Mesh) -> Iterator[dict]:
+def _measure(message: Message, config: Config) -> Iterator[dict]:
+    mesh = make_mesh(MeshConfig(1, message.peers), config.cluster, message.peers, some_devices(message.peers))
     kind = mesh.devices.flat[0].platform
+    collectives = {
+        name: one for transport in config.bench.transports for name, one in COLLECTIVES[transport].items()
+    }
     # Enough in one program that its launch does not count, not so many that a large one takes seconds.
     repeats = int(np.clip(2**30 // message.bytes, 2, 50)) if kind == "gpu" else 2
-    correct = {name: bool(_check(one, message, mesh)()) for name, one in collectives.items()}
+    correct = {name: bool(check_delivery(one, message, mesh)()) for name, one in collectives.items()}
     programs = {name: _repeated(one, message, mesh, repeats) for name, one in collectives.items()}
     contenders = {name: Contender(program, jax.block_until_ready) for name, program in programs.items()}
-    for name, times in measure_in_turns(contenders, _SAMPLES, 0.0 if kind == "cpu" else 0.02).items():
+    # The least calls a sample: a number that hangs on the clock would differ between processes, which then wait for ever.
+    for name, times in measure_in_turns(contenders, _SAMPLES, sample_seconds=0.0).items():
         seconds = times.median / repeats
         bandwidth = message.bytes / seconds
         yield {
@@ -193,7 +210,7 @@ def _measure(message: Message, collectives: dict[str, Collective], mesh: Mesh) -
         }
 
 
-def _check(collective: Collective, message: Message, mesh: Mesh) -> Callable[[], Array]:
+def check_delivery(collective: Collective, message: Message, mesh: Mesh) -> Callable[[], Array]:
     """Returns the jitted question whether every device received just what it should."""
 
     def on_device() -> Array:
@@ -205,7 +222,7 @@ def _check(collective: Collective, message: Message, mesh: Mesh) -> Callable[[],
 
 
 def _repeated(collective: Collective, message: Message, mesh: Mesh, repeats: int) -> Callable[[], Array]:
-    def on_device(rows: Rows) -> Rows:
+    def on_device(rows: MessageRows) -> MessageRows:
         step = lambda _, rows: collective.again(collective.move(rows, message), message)  # noqa: E731
         return jax.lax.fori_loop(0, repeats, step, rows)
 

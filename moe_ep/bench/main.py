@@ -9,7 +9,7 @@ import jax
 
 from moe_ep.bench import report
 from moe_ep.bench.bandwidth import as_markdown as bandwidth_table
-from moe_ep.bench.bandwidth import measure_bandwidth
+from moe_ep.bench.bandwidth import make_messages, measure_bandwidth
 from moe_ep.bench.ceilings import measure_ceilings
 from moe_ep.bench.draw import draw
 from moe_ep.bench.grid import make_cells
@@ -18,30 +18,33 @@ from moe_ep.bench.routings import check_routing
 from moe_ep.bench.sweep import Finished, Progress, sweep
 from moe_ep.bench.tables import as_markdown
 from moe_ep.config import Config, ConfigError
+from moe_ep.mesh import is_first_process
 
 
 def bench(config: Config, workdir: Path) -> dict:
     """Times what `config.bench` asks for, prints it as tables, and returns it under DESIGN's keys.
 
     Writes rows.jsonl as rows are finished, then bench.json, bench.md and pictures,
-    into the work directory (all_to_all.json and .md for the bandwidth test); the same command goes on where a killed one stopped.
+    into the work directory (all_to_all.json and .md for the bandwidth test); the same
+    command goes on where a killed one stopped.
 
     Raises:
       ConfigError: a routing, device count or grid that cannot be.
     """
     for routing in config.bench.routing:
         check_routing(config, routing)
-    first = jax.process_index() == 0
+    first = is_first_process()
     cells = make_cells(config, jax.device_count())
+    messages = make_messages(config, jax.device_count())
     finished = _open(workdir, first)
     emulated = jax.default_backend() == "cpu"
     ceilings = {} if emulated or not cells else measure_ceilings()
-    progress = Progress(len(cells) * len(config.bench.routing), shown=first)
+    progress = Progress(len(cells) * len(config.bench.routing) + len(messages), shown=first)
     try:
         rows = sweep(config, cells, finished, progress, ceilings)
+        bandwidth = measure_bandwidth(config, messages, finished, progress)
     finally:
         progress.close()
-    bandwidth = measure_bandwidth(config) if "all_to_all" in config.bench.studies else []
     result = {
         "kind": "emulated" if emulated else "measured",
         **report.provenance(_command_line(), None),

@@ -28,16 +28,14 @@ class Finished:
     """
 
     def __init__(self, path: Path, writes: bool):
-        self._rows: dict[str, Rows] = {}
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        self._rows = {entry["key"]: entry["rows"] for entry in map(json.loads, whole)}
+        text = path.read_bytes() if path.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        self._rows: dict[str, Rows] = {entry["key"]: entry["rows"] for entry in map(json.loads, whole.splitlines())}
         self._file = None
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
-            self._file.writelines(whole)
-            self._file.flush()
+            self._file = path.open("a", encoding="utf-8")
+            self._file.truncate(len(whole))
 
     def get(self, key: str) -> Rows | None:
         return self._rows.get(key)
@@ -102,14 +100,16 @@ def _name(cell: Cell) -> str:
 
 
 def _key(config: Config, cell: Cell, routing: str) -> str:
-    """Returns what tells a measurement from every other: its inputs and the devices it runs on."""
     inputs = dataclasses.asdict(config)
     asked = inputs.pop("bench")
     for unread in ("generate", "aot", "simulate"):
         inputs.pop(unread)
-    device = jax.local_devices()[0]
-    parts = [inputs, asked["turns"], asked["steps"], asked["profile"], cell, routing, device.device_kind,
-             jax.process_count(), jax.__version__]  # fmt: skip
+    return make_key(inputs, asked["turns"], asked["steps"], asked["profile"], cell, routing)
+
+
+def make_key(*inputs: object) -> str:
+    """Returns what tells a measurement from every other: its inputs, the devices and jax."""
+    parts = [*inputs, jax.local_devices()[0].device_kind, jax.process_count(), jax.__version__]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 

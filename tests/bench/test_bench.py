@@ -3,20 +3,23 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from moe_ep.bench import main, sweep
+from moe_ep.bench.bandwidth import COLLECTIVES, check_delivery, make_messages, measure_bandwidth
 from moe_ep.bench.grid import Cell, Contender, Layout, make_cells
 from moe_ep.bench.routings import draw_choices
 from moe_ep.bench.running import Decode
 from moe_ep.bench.steps import summarize, time_steps
-from moe_ep.bench.sweep import Finished
+from moe_ep.bench.sweep import Finished, Progress
 from moe_ep.bench.tables import over_best_baseline
 from moe_ep.bench.trace import Event
 from moe_ep.bench.trace import summarize as summarize_trace
 from moe_ep.bench.work import exchange_bytes, gradient_bytes
-from moe_ep.config import BenchConfig, ClusterConfig, ConfigError
+from moe_ep.config import BenchConfig, ClusterConfig, ConfigError, MeshConfig
+from moe_ep.mesh import make_mesh
 from tests.train.small import make_config
 
 SMALL = BenchConfig(
@@ -106,8 +109,6 @@ def test_a_step_is_counted_as_it_was_routed():
 
 
 def _leaves(parameters):
-    import jax
-
     experts = jax.tree.leaves(parameters.moe.moe.experts)
     return {"experts": experts, "others": [x for x in jax.tree.leaves(parameters) if not any(x is one for one in experts)]}
 
@@ -171,3 +172,20 @@ def test_percentiles_and_the_ratio_to_the_best_baseline():
         ]  # fmt: skip
     ]
     assert over_best_baseline(rows) == [1.5, None, None, None]
+
+
+def test_collectives_deliver_what_they_should(tmp_path):
+    """Each collective's own check on 8 devices; a value that is off by one is noticed."""
+    config = with_bench(studies=("all_to_all",), smallest_bytes=2**10, largest_bytes=2**10)
+    (message,) = make_messages(config, 8)
+    assert message.bytes == 2**10
+    finished = Finished(tmp_path / "rows.jsonl", writes=True)
+    rows = measure_bandwidth(config, [message], finished, Progress(1, shown=False))
+    assert [row["collective"] for row in rows] == ["all_to_all", "all_gather", "psum_scatter", "ragged_all_to_all"]
+    for row in rows:
+        assert row["correct"] and row["kind"] == "emulated"
+        assert row["bus_bytes_per_s"] == pytest.approx(row["algorithm_bytes_per_s"] * 7 / 8)
+    mesh = make_mesh(MeshConfig(1, 8), config.cluster, 8, jax.devices()[:8])
+    right = COLLECTIVES["all_gather"]["all_gather"]
+    off = right._replace(expected=lambda message: right.expected(message) + 1)
+    assert bool(check_delivery(right, message, mesh)()) and not bool(check_delivery(off, message, mesh)())
