@@ -39,6 +39,8 @@ WRONG = [
     (["--set", "train.optimizer.beta2=1"], "less than 1"),
     (["--set", "balance.interval_ms=100", "--set", "balance.interval_steps=2"], "balance.interval_ms"),
     (["--json=/"], "--json=/"),
+    (["--processes=2"], "--processes=2"),
+    (["--coordinator=nowhere", "--processes=2", "--process=0"], "HOST:PORT"),
     (["--json=/proc/nowhere/result.json"], "--json=/proc/nowhere/result.json"),
     (["--json=README.md/result.json"], "--json=README.md/result.json"),
     (["--devices=3"], "mesh.expert=3"),

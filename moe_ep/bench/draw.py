@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 _COLOURS = ("#1f5fa8", "#d1642a", "#3c8d53", "#8a5aa8", "#b03a48", "#707070")
+_STYLES = ("-", "--", ":", "-.")
 
 
 def draw(rows: list[dict], folder: Path) -> list[Path]:
@@ -12,11 +13,14 @@ def draw(rows: list[dict], folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     paths = []
-    for study, name in (("layouts", "bench.layouts.png"), ("full size", "bench.full_size.png")):
-        if chosen := [row for row in rows if row["study"] == study]:
-            paths.append(_side_by_side(chosen, folder / name))
-    if chosen := [row for row in rows if row["study"] in ("strong", "weak")]:
-        paths.append(_scaling(chosen, folder / "bench.scaling.png"))
+    pictures = {
+        "bench.layouts.png": (_side_by_side, ("layouts",)),
+        "bench.scaling.png": (_scaling, ("strong", "weak")),
+        "bench.full_size.png": (_full_size, ("full size",)),
+    }
+    for name, (picture, studies) in pictures.items():
+        if chosen := [row for row in rows if row["study"] in studies]:
+            paths.append(picture(chosen, folder / name))
     return paths
 
 
@@ -34,7 +38,7 @@ def _side_by_side(rows: list[dict], path: Path) -> Path:
         panels[0][column].set_title(phase)
     panels[0][0].set_ylabel("tokens/s, all devices")
     panels[1][0].set_ylabel("kB sent for a token")
-    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), frameon=False, ncols=4, loc="outside lower center")
     figure.suptitle(f"Layouts side by side ({_kinds(rows)})")
     return _save(figure, path)
 
@@ -59,8 +63,6 @@ def _layout(row: dict) -> str:
 
 
 def _workload(row: dict) -> str:
-    if row["study"] == "full size":
-        return f"E={row['experts']}, {row['network']}"
     return f"{row['sequence']} x {row['tokens_per_microbatch']:g}, {row['routing']}"
 
 
@@ -80,19 +82,61 @@ def _scaling(rows: list[dict], path: Path) -> Path:
 
 
 def _curves(panel: Any, rows: list[dict]) -> None:
-    series = list(dict.fromkeys((row["phase"], row["sequence"], row["routing"]) for row in rows))
-    for (phase, sequence, routing), colour in zip(series, _COLOURS * 9):
+    """A colour a phase, a line style a routing."""
+    phases, routings = (list(dict.fromkeys(row[name] for row in rows)) for name in ("phase", "routing"))
+    for phase, sequence, routing in dict.fromkeys((row["phase"], row["sequence"], row["routing"]) for row in rows):
         chosen = [row for row in rows if (row["phase"], row["sequence"], row["routing"]) == (phase, sequence, routing)]
-        devices = [row["devices"] for row in chosen]
-        panel.plot(devices, [row["tokens_per_s"] / chosen[0]["tokens_per_s"] for row in chosen], "o-", color=colour,
+        colour = _COLOURS[phases.index(phase) % len(_COLOURS)]
+        style = _STYLES[routings.index(routing) % len(_STYLES)]
+        relative = [row["tokens_per_s"] / chosen[0]["tokens_per_s"] for row in chosen]
+        panel.plot([row["devices"] for row in chosen], relative, style, marker="o", color=colour,
                    label=f"{phase} {sequence}, {routing}")  # fmt: skip
     devices = sorted({row["devices"] for row in rows})
-    panel.plot(devices, [count / devices[0] for count in devices], "--", color="black", linewidth=1, label="linear")
+    panel.plot(devices, [count / devices[0] for count in devices], color="black", linewidth=1, label="linear")
     panel.set_xscale("log", base=2)
     panel.set_xticks(devices, [str(count) for count in devices])
     panel.set_xlabel("devices")
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize=7)
+
+
+def _full_size(rows: list[dict], path: Path) -> Path:
+    """Tokens/s of one expert a device over each baseline's: a panel a phase and reading of the network."""
+    from matplotlib import pyplot
+
+    phases, readings = (list(dict.fromkeys(row[name] for row in rows)) for name in ("phase", "network"))
+    size = (5.2 * len(phases), 3.2 * len(readings) + 0.8)
+    figure, panels = pyplot.subplots(
+        len(readings), len(phases), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
+    for line, reading in enumerate(readings):
+        for column, phase in enumerate(phases):
+            chosen = [row for row in rows if (row["phase"], row["network"]) == (phase, reading)]
+            _ratios(panels[line][column], chosen)
+            panels[line][column].set_title(f"{phase}, {reading}", fontsize=10)
+        panels[line][0].set_ylabel("tokens/s over the baseline's")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center")
+    figure.suptitle(f"One expert a device, full size, {rows[0]['gpu']}: predicted (hatched: the baseline does not fit)")
+    return _save(figure, path)
+
+
+def _ratios(panel: Any, rows: list[dict]) -> None:
+    proposed = {row["experts"]: row["tokens_per_s"] for row in rows if row["layout"] == "proposed"}
+    baselines = list(dict.fromkeys(_layout(row) for row in rows if row["layout"] != "proposed"))
+    sizes, width = list(proposed), 0.8 / len(baselines)
+    for index, (baseline, colour) in enumerate(zip(baselines, _COLOURS * 3)):
+        for row in rows:
+            if _layout(row) == baseline:
+                at = sizes.index(row["experts"]) + (index - (len(baselines) - 1) / 2) * width
+                ratio = proposed[row["experts"]] / row["tokens_per_s"]
+                panel.bar(at, ratio - 1, width, bottom=1, color=colour,
+                          hatch=None if row["feasible"] else "///", edgecolor="white")  # fmt: skip
+        panel.bar(0, 0, bottom=1, color=colour, label=baseline)
+    panel.axhline(1, color="black", linewidth=1)
+    panel.set_yscale("log", base=2)
+    panel.yaxis.set_major_formatter("{x:g}x")
+    panel.set_xticks(range(len(sizes)), [f"E={size}" for size in sizes])
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _kinds(rows: list[dict]) -> str:

@@ -61,11 +61,13 @@ def bench(config: Config, workdir: Path) -> dict:
     return result
 
 
+_ROWS_OF = {"bench": "rows", "all_to_all": "bandwidth"}  # the key of each topic's rows
+_TABLES = {"bench": as_markdown, "all_to_all": bandwidth_table}
+
+
 def _documents(result: dict) -> dict[str, str]:
     """Returns the Markdown of what was asked for, by topic."""
-    texts = {"bench": as_markdown, "all_to_all": bandwidth_table}
-    rows = {"bench": result["rows"], "all_to_all": result["bandwidth"]}
-    return {topic: texts[topic](result) for topic in texts if rows[topic]}
+    return {topic: table(result) for topic, table in _TABLES.items() if result[_ROWS_OF[topic]]}
 
 
 def _open(workdir: Path, writes: bool) -> Finished:
@@ -79,7 +81,12 @@ def _open(workdir: Path, writes: bool) -> Finished:
 
 def _command_line() -> str:
     """The command as it is recorded: where files go is of this machine, not of the measurement."""
-    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--workdir", "--json"))]
+    left_out = ("--workdir", "--json", "--profile", "--set=bench.results")
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(left_out)]
+    for index, argument in enumerate(given):
+        if argument.startswith("bench.results="):
+            del given[index - 1 : index + 1]
+            break
     return " ".join(["python -m moe_ep.run", *given])
 
 
@@ -88,7 +95,8 @@ def _write(config: Config, result: dict, documents: dict[str, str], workdir: Pat
     paths = []
     for topic, text in documents.items():
         paths += [workdir / f"{topic}.json", workdir / f"{topic}.md"]
-        paths[-2].write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        of_topic = {name: value for name, value in result.items() if name == _ROWS_OF[topic] or name not in _ROWS_OF.values()}
+        paths[-2].write_text(json.dumps(of_topic, indent=1) + "\n", encoding="utf-8")
         paths[-1].write_text(text, encoding="utf-8")
     if "bench" in documents:
         paths += draw(result["rows"], workdir)

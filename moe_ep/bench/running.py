@@ -56,7 +56,9 @@ class Running:
         self._make_values(served)
 
     def start(self, routing: str) -> None:
-        """Takes up a routing, and runs its batches once on a program with waves enough for them."""
+        """Takes up a routing from the state in which any other began, and runs its batches once on a program with waves enough."""
+        self._renew()
+        self._waves = Waves(self.config.dispatch.waves)
         self._batches = itertools.cycle(list(self._place_batches(routing)))
         while True:
             most = 0
@@ -65,6 +67,9 @@ class Running:
                 most = max(most, int(self._dispatch.waves_needed))
             if self.config.dispatch.drop or self._waves.accept(most):
                 return
+
+    def _renew(self) -> None:
+        """Undoes what steps changed; serving changes nothing that a step reads."""
 
     def step(self) -> Array:
         """Launches the next step and returns what is ready when it is done."""
@@ -159,6 +164,12 @@ class Train(Running):
     def _make_values(self, served: dict[Layout, Transformer]) -> None:
         served.clear()  # a state needs the room
         self._state = init_state(self.config, self.mesh)
+        self._is_new = True
+
+    def _renew(self) -> None:
+        if not self._is_new:  # a trained router would choose otherwise, and not the same in every layout
+            self._state = None
+            self._state = init_state(self.config, self.mesh)
 
     @property
     def parameters(self) -> object:
@@ -171,6 +182,7 @@ class Train(Running):
         return place_batch(ids, self.mesh), place_batch(choices[None], self.mesh, CHOICES)
 
     def _launch(self, compiled: Any, tokens: Array, choices: Array) -> Array:
+        self._is_new = False
         self._state, report = compiled(self._state, tokens, choices)
         self._report = report.batch
         return report.batch.loss

@@ -33,6 +33,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
         _number(row[f"ms_per_token_{name}"]) for name in ("median", "p95", "p99")
     ),
     "spread": lambda row: _percent(row.get("spread")),
+    "error bar": lambda row: _percent(row.get("error_bar")),
     "MFU": lambda row: _percent(row["mfu"]),
     "memory bandwidth": lambda row: _percent(row["memory_bandwidth_utilisation"]),
     "of the measured copy": lambda row: _percent(row.get("share_of_copy")),
