@@ -19,6 +19,7 @@ from moe_ep.bench.timing import Contender
 from moe_ep.dispatch import permute
 from moe_ep.kernels.grouped_matmul import ExpertWeights, RowGroups, expert_mlp, first_rows, grouped_matmul, tiles_needed
 from moe_ep.kernels.grouped_matmul import make_row_groups
+from moe_ep.kernels import row_gather
 from moe_ep.kernels.mla_decode import mla_decode
 
 
@@ -360,6 +361,7 @@ def _gather(sizes, seed):
     index = readers // sizes.top_k
     contenders = {
         "ours": jax_contender(permute.take_rows, tokens, index, places),
+        "xla": jax_contender(functools.partial(row_gather.gather_rows, implementation="xla"), tokens, index),
         **torch_rivals.gather(tokens, index),
     }
     byte_count = 2.0 * index.size * sizes.width * tokens.dtype.itemsize
@@ -372,6 +374,7 @@ def _combine(sizes, seed):
     weights = jax.random.uniform(jax.random.key(seed), places.shape, jnp.float32)
     contenders = {
         "ours": jax_contender(permute.weighted_sum_rows, rows, weights, places, readers),
+        "xla": jax_contender(functools.partial(row_gather.weighted_sum_rows, implementation="xla"), rows, weights, places),
         **torch_rivals.combine(rows, weights, places),
     }
     byte_count = (1 + 1 / sizes.top_k) * rows.nbytes

@@ -184,7 +184,7 @@ def main(argv: list[str]):
     parser.add_argument("--out", default="results")
     parser.add_argument("--commit", default=None)
     options = parser.parse_args(argv)
-    if not mosaic.runs_on(device.device_kind()):
+    if not device.is_hopper(device.device_kind()):
         print(f"bench.tune: the device is {device.device_kind()!r}; the kernels run on Hopper GPUs", file=sys.stderr)
         raise SystemExit(2)
     provenance = report.provenance("python -m moe_ep.bench.tune " + " ".join(argv), options.commit)
@@ -197,7 +197,7 @@ def main(argv: list[str]):
 
 def tune_selected(options: argparse.Namespace, measured: str) -> list[Entry]:
     """Returns the table's new entries: the selected problems measured, the others as they stand in it."""
-    model = table.gpu_model(device.device_kind())
+    model = device.gpu_model(device.device_kind())
     known = {entry.problem: entry for entry in table.read(options.table).get(model, ())}
 
     def selected(problem):

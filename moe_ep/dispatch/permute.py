@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32, Int32
 
-
-def _read(rows: Float[Array, "n D"], index: Int32[Array, "..."]) -> Float[Array, "... D"]:
-    return rows.at[index].get(mode="fill", fill_value=0)
+from moe_ep.kernels import row_gather
 
 
 @jax.custom_vjp
@@ -27,7 +25,7 @@ def take_rows(
       readers: the inverse, the output rows that read each input row; out of range where there are fewer than J.
     """
     del readers
-    return _read(rows, index)
+    return row_gather.gather_rows(rows, index)
 
 
 def _take_rows_forward(rows, index, readers):
@@ -36,9 +34,8 @@ def _take_rows_forward(rows, index, readers):
 
 def _take_rows_backward(readers, gradient):
     if readers.shape[1] == 1:
-        return _read(gradient, readers[:, 0]), None, None
-    summed = jnp.sum(_read(gradient, readers).astype(jnp.float32), axis=1)
-    return summed.astype(gradient.dtype), None, None
+        return row_gather.gather_rows(gradient, readers[:, 0]), None, None
+    return row_gather.weighted_sum_rows(gradient, jnp.ones(readers.shape, jnp.float32), readers), None, None
 
 
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
@@ -60,8 +57,7 @@ def weighted_sum_rows(
       reader: the inverse, the flat (n, k) position that reads each row; out of range where none does.
     """
     del reader
-    read = _read(rows, index).astype(jnp.float32)
-    return jnp.sum(read * weights[:, :, None], axis=1).astype(rows.dtype)
+    return row_gather.weighted_sum_rows(rows, weights, index)
 
 
 def _weighted_sum_rows_forward(rows, weights, index, reader):
@@ -71,9 +67,9 @@ def _weighted_sum_rows_forward(rows, weights, index, reader):
 def _weighted_sum_rows_backward(residuals, gradient):
     rows, weights, index, reader = residuals
     weight_of_row = weights.reshape(-1).at[reader].get(mode="fill", fill_value=0)
-    gradient_of_row = _read(gradient, jax.lax.div(reader, jnp.int32(weights.shape[1]))).astype(jnp.float32)
-    rows_gradient = (weight_of_row[:, None] * gradient_of_row).astype(rows.dtype)
-    read = _read(rows, index).astype(jnp.float32)
+    token_of_row = jax.lax.div(reader, jnp.int32(weights.shape[1]))
+    rows_gradient = row_gather.weighted_sum_rows(gradient, weight_of_row[:, None], token_of_row[:, None])
+    read = rows.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
     weights_gradient = jnp.sum(read * gradient.astype(jnp.float32)[:, None, :], axis=2)
     return rows_gradient, weights_gradient, None, None
 

@@ -1,6 +1,25 @@
 """What is compiled for: the kind of device and its size, of a present or an absent one."""
 
+import re
+
 import jax
+
+HOPPER = ("h100", "h200", "h800", "h20", "gh200")
+
+# The same processor with other memory. What was measured on the second is taken for the first until that is
+# measured: an inference, good for tiles and products, less so where memory decides.
+MEASURED_AS = {"h100": "h200", "h800": "h200", "gh200": "h200"}
+
+
+def gpu_model(kind: str) -> str | None:
+    """Returns "h200" for "NVIDIA H200", for an absent device's "h200" and the like; None for no GPU."""
+    found = re.search(r"(?<![a-z])[a-z]{1,2}\d{2,3}(?!\d)", kind.lower())
+    return found and found.group()
+
+
+def is_hopper(kind: str) -> bool:
+    """Returns whether the kernels for Hopper compile for a device of this kind."""
+    return gpu_model(kind) in HOPPER
 
 
 def device_kind() -> str:

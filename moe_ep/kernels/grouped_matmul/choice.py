@@ -8,7 +8,7 @@ from moe_ep.kernels.grouped_matmul.steps import Steps
 def choose(rows, groups, weight_shape: tuple[int, int, int]) -> str:
     """Returns the implementation for rows [R, K] in these groups and weights [G, K, N] on the device compiled for."""
     kind = device.device_kind()
-    if mosaic.runs_on(kind) and mosaic.refusal(rows.dtype, _tile(rows, groups), weight_shape) is None:
+    if device.is_hopper(kind) and mosaic.refusal(rows.dtype, _tile(rows, groups), weight_shape) is None:
         return "tuned"
     if weight_shape[0] == 1:
         return "dense"

@@ -8,13 +8,7 @@ from moe_ep.kernels.grouped_matmul.mosaic_parts import CHUNK, DEPTH, Tiling, fit
 from moe_ep.kernels.grouped_matmul.mosaic_rows import RowProduct, row_product
 from moe_ep.kernels.grouped_matmul.steps import Steps
 
-_HOPPER = ("h100", "h200", "h800", "h20", "gh200")
 _TYPES = ("bfloat16", "float16")
-
-
-def runs_on(device_kind: str) -> bool:
-    """Returns whether these kernels compile for a device of this kind."""
-    return table.gpu_model(device_kind) in _HOPPER
 
 
 def refusal(dtype, tile: int, weight_shape: tuple[int, int, int]) -> str | None:

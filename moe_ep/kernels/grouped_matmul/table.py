@@ -9,8 +9,8 @@ import functools
 import json
 import math
 import pathlib
-import re
 
+from moe_ep.kernels.device import MEASURED_AS, gpu_model
 from moe_ep.kernels.grouped_matmul.mosaic_parts import Tiling
 
 PATH = pathlib.Path(__file__).with_name("table.json")
@@ -41,15 +41,10 @@ class Entry:
 
 def nearest(device_kind: str, problem: Problem) -> Entry | None:
     """Returns the entry of this GPU, step and number of inputs whose sizes are nearest, in octaves; None without any."""
-    measured = read(PATH).get(gpu_model(device_kind), ())
+    gpus, model = read(PATH), gpu_model(device_kind)
+    measured = gpus.get(model) or gpus.get(MEASURED_AS.get(model), ())
     entries = [entry for entry in measured if _comparable(entry.problem, problem)]
     return min(entries, key=lambda entry: _octaves_between(entry.problem, problem), default=None)
-
-
-def gpu_model(device_kind: str) -> str | None:
-    """Returns "h200" for "NVIDIA H200", for an absent device's "h200" and the like; None for no GPU."""
-    found = re.search(r"(?<![a-z])[a-z]{1,2}\d{2,3}(?!\d)", device_kind.lower())
-    return found and found.group()
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from moe_ep.kernels.mla_decode import mosaic, reference, xla
 
 IMPLEMENTATIONS = {"reference": reference.mla_decode, "xla": xla.mla_decode, "mosaic": mosaic.mla_decode}
 
-# Where "mosaic" was measured faster than "xla", by a part of the GPU's name: widths (latent, rotary).
+# Where "mosaic" was measured faster than "xla", by the GPU's model: widths (latent, rotary).
 MOSAIC_IS_FASTER = {"h200": {(512, 64)}}
 
 
@@ -52,9 +52,9 @@ def mla_decode(
 
 
 def _choose(q_latent, q_rope, cache) -> str:
-    kind, widths = device.device_kind().lower(), (q_latent.shape[2], q_rope.shape[2])
-    faster = any(gpu in kind and widths in measured for gpu, measured in MOSAIC_IS_FASTER.items())
-    return "mosaic" if faster and not mosaic.refusal(q_latent, q_rope, cache) else "xla"
+    model, widths = device.gpu_model(device.device_kind()), (q_latent.shape[2], q_rope.shape[2])
+    measured = MOSAIC_IS_FASTER.get(model) or MOSAIC_IS_FASTER.get(device.MEASURED_AS.get(model), ())
+    return "mosaic" if widths in measured and not mosaic.refusal(q_latent, q_rope, cache) else "xla"
 
 
 def _check(q_latent, q_rope, cache, lengths, pages):
