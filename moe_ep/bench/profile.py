@@ -42,16 +42,27 @@ def kernels_of(folder: pathlib.Path, program: str, steps: int) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: -kernel.seconds)
 
 
+def span_of(folder: pathlib.Path, steps: int) -> float:
+    """Returns seconds a step from the first kernel's start in the trace to the last one's end: with what lies between."""
+    starts, ends = [], []
+    for event in (event for path in folder.rglob("*.xplane.pb") for event in _events(path)):
+        starts.append(event.start_ns)
+        ends.append(event.start_ns + event.duration_ns)
+    return (max(ends) - min(starts)) * 1e-9 / steps if starts else 0.0
+
+
 def _launches(path: pathlib.Path) -> Iterator[tuple[str, str, float]]:
     """Yields (kernel, instruction or "", seconds) of every launch on the first GPU."""
+    for event in _events(path):
+        yield event.name, str(dict(event.stats).get("hlo_op", "")), event.duration_ns * 1e-9
+
+
+def _events(path: pathlib.Path) -> Iterator:
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-        if not plane.name.startswith("/device:GPU:0"):
-            continue
-        for line in plane.lines:
-            if line.name.startswith("Stream"):
-                for event in line.events:
-                    instruction = dict(event.stats).get("hlo_op", "")
-                    yield event.name, str(instruction), event.duration_ns * 1e-9
+        if plane.name.startswith("/device:GPU:0"):
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    yield from line.events
 
 
 def op_names_of(program: str) -> dict[str, str]:

@@ -26,7 +26,7 @@ from moe_ep.model.transformer import Transformer, for_computation
 from moe_ep.shapes import Count, Scalar
 from moe_ep.train import balance
 from moe_ep.train.loss import LossReport, local_loss
-from moe_ep.train.optimizer import make_optimizer
+from moe_ep.train.optimizer import global_norm, make_optimizer
 from moe_ep.train.state import TrainState, abstract_state
 
 CHOICES = P(None, None, ALL_AXES)  # micro-batch, layer, token, choice
@@ -151,8 +151,8 @@ def make_step(config: Config, mesh: Mesh) -> Callable:
     def step(state: TrainState, tokens: Int32[Array, "B S1"], replay=None):
         gradients, report = gradients_of(state.parameters, tokens, state.bias, replay)
         with jax.named_scope("update"), jax.numpy_dtype_promotion("standard"):
-            norm = optax.global_norm(gradients)
-            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+            norm = global_norm(gradients)
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters, norm=norm)
             parameters = optax.apply_updates(state.parameters, updates)
         load, step_done = state.load + report.expert_counts, state.step + 1
         due = step_done % jnp.maximum(state.balance_interval, 1) == 0

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tests.train.small import batch, largest_error, make_config, mesh_of
 
@@ -14,6 +15,7 @@ from moe_ep.model.names import by_path
 from moe_ep.model.staggered import over_layers
 from moe_ep.model.transformer import for_computation
 from moe_ep.train import balance
+from moe_ep.train.optimizer import clip_by, global_norm
 from moe_ep.train.state import abstract_state, init_state
 from moe_ep.train.step import make_gradients, make_step, parameter_specs
 from moe_ep.train.waves import Waves
@@ -142,3 +144,16 @@ def test_layers_written_out_are_the_loop_and_its_gradients():
     )
     assert jax.tree.structure(looped) == jax.tree.structure(written)
     assert largest_error(written, looped) < 1e-5
+
+
+def test_the_norm_is_of_all_gradients_and_clipping_scales_by_it():
+    keys = jax.random.split(jax.random.key(1), 3)
+    shapes = {"stack": (2, 3, 4), "matrix": (5, 6), "gain": (7,)}
+    gradients = {name: jax.random.normal(key, shape, jnp.float32) for key, (name, shape) in zip(keys, shapes.items())}
+    norm = global_norm(gradients)
+    np.testing.assert_allclose(norm, np.sqrt(sum(np.sum(np.square(leaf)) for leaf in gradients.values())), rtol=1e-6)
+    for largest in (0.5, 2.0 * float(norm)):
+        clip = clip_by(largest)
+        clipped, _ = clip.update(gradients, clip.init(gradients), norm=norm)
+        expected, _ = optax.clip_by_global_norm(largest).update(gradients, optax.EmptyState())
+        assert largest_error(clipped, expected) < 1e-6
