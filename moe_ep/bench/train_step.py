@@ -106,14 +106,17 @@ def as_markdown(result: dict) -> str:
     """Returns the runs, their losses step by step, and the first run's profile."""
     runs = result["runs"]
     lines = [report.heading(f"Training `{result['config']}`, by implementation of the experts' products", result)]
-    lines.append("| experts' products | ms a step, median (quartiles) | tokens/s | MFU | peak memory so far |\n|---|---|---|---|---|\n")
+    lines.append("| experts' products | ms a step, median (quartiles) | tokens/s | MFU | peak memory so far |\n")
+    lines.append("|---|---|---|---|---|\n")
     for name, run in runs.items():
         low, high = (f"{1e3 * seconds:.0f}" for seconds in run["quartiles"])
         mfu = "-" if run["mfu"] is None else f"{run['mfu']:.1%}"
         peak = "-" if run["peak_bytes"] is None else metrics.human_bytes(run["peak_bytes"])
-        lines.append(f"| {name} | {1e3 * run['seconds']:.1f} ({low} to {high}) | {run['tokens_per_s']:,.0f} | {mfu} | {peak} |\n")
+        times = f"{1e3 * run['seconds']:.1f} ({low} to {high})"
+        lines.append(f"| {name} | {times} | {run['tokens_per_s']:,.0f} | {mfu} | {peak} |\n")
     lines += [f"\n{name}: {power.as_text(run['power'])}.\n" for name, run in runs.items() if run["power"]]
-    lines.append(f"\n## Losses and gradient norms\n\n| step | {' | '.join(runs)} | norm: {' | norm: '.join(runs)} | load max/mean |\n")
+    lines.append("\n## Losses and gradient norms\n\n")
+    lines.append(f"| step | {' | '.join(runs)} | norm: {' | norm: '.join(runs)} | load max/mean |\n")
     lines.append("|" + "---|" * (2 * len(runs) + 2) + "\n")
     for step, parts in enumerate(zip(*(run["steps"] for run in runs.values()), strict=True), start=1):
         losses = [f"{part['loss']:.3f}" for part in parts] + [f"{part['gradient_norm']:.2f}" for part in parts]
@@ -127,7 +130,8 @@ def _profile_table(profiled: dict | None) -> str:
     rows = profiled["scopes_ms"] | {"all shorter ones": profiled["others_ms"]}
     body = "".join(f"| {name} | {value:.1f} | {value / profiled['busy_ms']:.1%} |\n" for name, value in rows.items())
     return (
-        f"\n## Where the time goes\n\nKernels of a step: {profiled['busy_ms']:.1f} ms, by the profiler; with the gaps between them {profiled['span_ms']:.1f} ms.\n\n"
+        f"\n## Where the time goes\n\nKernels of a step: {profiled['busy_ms']:.1f} ms, by the profiler; "
+        f"with the gaps between them {profiled['span_ms']:.1f} ms.\n\n"
         f"| scope | ms | share |\n|---|---|---|\n{body}"
     )
 
