@@ -3,11 +3,13 @@
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 python -m moe_ep.bench.train_step --config=configs/single_gpu.py
 
 Every implementation starts from the same values and sees the same tokens. After its
-timed steps the first one runs a few more under the profiler. Writes
+timed steps the first one runs a few more under the profiler, which sees kernels only
+with XLA_FLAGS=--xla_gpu_enable_command_buffer= (else whole command buffers). Writes
 <out>/train_<config>_<device>.{json,md}.
 """
 
 import dataclasses
+import os
 import pathlib
 import statistics
 import sys
@@ -106,6 +108,7 @@ def as_markdown(result: dict) -> str:
     """Returns the runs, their losses step by step, and the first run's profile."""
     runs = result["runs"]
     lines = [report.heading(f"Training `{result['config']}`, by implementation of the experts' products", result)]
+    lines += [f"XLA_FLAGS: `{result['xla_flags'].strip()}`.\n\n"] if result["xla_flags"] else []
     lines.append("| experts' products | ms a step, median (quartiles) | tokens/s | MFU | peak memory so far |\n")
     lines.append("|---|---|---|---|---|\n")
     for name, run in runs.items():
@@ -146,7 +149,7 @@ def main(argv: list[str]) -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     stem = pathlib.Path(_CONFIG.value).stem
-    result = provenance | {"config": stem, "runs": {}}
+    result = provenance | {"config": stem, "xla_flags": os.environ.get("XLA_FLAGS", ""), "runs": {}}
     for name, changed in configs.items():
         first = not result["runs"]
         result["runs"][name] = measure(changed, _STEPS.value, _PROFILED.value if first else 0)
