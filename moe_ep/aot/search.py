@@ -1,83 +1,117 @@
-"""The largest batch and the longest context that fit, by compiling."""
+"""The largest batch and the longest context that fit: guessed by the memory formulas, confirmed by compiling."""
 
 import dataclasses
+import sys
+import time
 from collections.abc import Callable
 
 from moe_ep.aot.memory import MemoryReport
-from moe_ep.config import Config
+from moe_ep.config import Config, ConfigError
+from moe_ep.cost.memory import total
+from moe_ep.simulate.engines import scenario_of_program
+from moe_ep.simulate.memory import memory_of
 
 Measure = Callable[[Config], MemoryReport]
 
+_CONTEXT_STEP = 128
 
-def largest_that_fits(bytes_of: Callable[[int], float], capacity: float, first: int, limit: int) -> int:
+
+def largest_that_fits(
+    bytes_of: Callable[[int], float], estimate: Callable[[int], float], capacity: float, limit: int
+) -> int:
     """Returns the largest n <= limit with bytes_of(n) <= capacity; 0 when even 1 does not fit.
 
-    Bytes grow about linearly, so each guess is the line through the last two
-    measurements; the bracket around the answer halves at worst.
-
     Args:
-      bytes_of: measured bytes of a program of size n; grows with n.
+      bytes_of: measured bytes of a program of size n, at a price; grows with n.
+      estimate: the same by formula, for nothing. What it is off by is taken to lie on
+        the line through the two measurements nearest to the capacity; every fourth
+        measurement halves the bracket instead.
       capacity: bytes there are.
-      first: where to begin, at least 1.
       limit: the largest n of interest.
     """
     fits, fails = 0, limit + 1
     known: dict[int, float] = {}
-    guess = min(max(first, 1), limit)
     while fails - fits > 1:
+        guess = (fits + fails) // 2
+        if len(known) % 4 != 3:
+            corrected = _corrected(estimate, known, capacity)
+            guess = min(max(_bisect(corrected, capacity, fits, fails), fits + 1), fails - 1)
         known[guess] = bytes_of(guess)
-        if known[guess] <= capacity:
-            fits = guess
-        else:
-            fails = guess
-        guess = min(max(_line_guess(known, capacity, fits, fails), fits + 1), fails - 1)
+        fits, fails = (guess, fails) if known[guess] <= capacity else (fits, guess)
     return fits
 
 
-def _line_guess(known: dict[int, float], capacity: float, fits: int, fails: int) -> int:
-    if len(known) < 2:
-        (size, used), = known.items()
-        return 2 * size if used <= capacity else size // 2
-    (low, low_bytes), (high, high_bytes) = sorted(known.items(), key=lambda item: abs(item[1] - capacity))[:2]
-    if low_bytes == high_bytes:
-        return (fits + fails) // 2
-    return int(low + (capacity - low_bytes) * (high - low) / (high_bytes - low_bytes))
+def _corrected(estimate: Callable[[int], float], known: dict[int, float], capacity: float) -> Callable[[int], float]:
+    """Returns the estimate plus what it is off by at the known sizes."""
+    nearest = sorted(known, key=lambda size: abs(known[size] - capacity))[:2]
+    errors = [known[size] - estimate(size) for size in nearest]
+    if len(nearest) < 2:
+        return lambda n: estimate(n) + sum(errors)
+    slope = (errors[1] - errors[0]) / (nearest[1] - nearest[0])
+    return lambda n: estimate(n) + errors[0] + slope * (n - nearest[0])
+
+
+def _bisect(estimate: Callable[[int], float], capacity: float, fits: int, fails: int) -> int:
+    """Returns the largest n from fits to fails - 1 that the estimate says fits; fits when it says none above does."""
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if estimate(middle) <= capacity else (fits, middle)
+    return fits
 
 
 def search_limits(config: Config, measure: Measure, *, most_sequences: int = 4096, most_context: int = 2**17) -> dict:
     """Returns the most tokens per GPU at the config's context, and the longest context at its batch.
 
+    Says on standard error what it compiles.
+
     Args:
-      config: where the search begins; contexts are searched in steps of 128 positions.
+      config: the batch and the context that are kept while the other is searched.
       measure: compiles a config and returns its memory.
       most_sequences: per GPU, the search's end.
-      most_context: the search's end.
+      most_context: the search's end; contexts are searched in steps of 128 positions.
     """
     aot = config.aot
-    capacity = config.cluster.device.memory_bytes
     sequences = max(1, aot.tokens_per_gpu // aot.context)
-    step = _sequence_step(config)
-
-    def with_sizes(count: int, context: int) -> Config:
-        sized = dataclasses.replace(aot, tokens_per_gpu=count * context, context=context)
-        return dataclasses.replace(config, aot=sized)
-
-    def bytes_of_batch(n: int) -> float:
-        return measure(with_sizes(n * step, aot.context)).total
-
-    def bytes_of_context(n: int) -> float:
-        return measure(with_sizes(sequences, 128 * n)).total
-
-    most = step * largest_that_fits(bytes_of_batch, capacity, max(1, sequences // step), most_sequences // step)
-    longest = 128 * largest_that_fits(bytes_of_context, capacity, max(1, aot.context // 128), most_context // 128)
+    step = 2 if config.dispatch.overlap == "staggered" else 1  # which splits a batch in two
+    compiled: list[dict] = []
+    most = _search(config, measure, lambda n: (n * step, aot.context), most_sequences // step, compiled)
+    longest = _search(config, measure, lambda n: (sequences, n * _CONTEXT_STEP), most_context // _CONTEXT_STEP, compiled)
     return {
-        "tokens_per_gpu": most * aot.context,
+        "tokens_per_gpu": most * step * aot.context,
         "at_context": aot.context,
-        "context": longest,
+        "context": longest * _CONTEXT_STEP,
         "at_sequences": sequences,
+        "compiled": compiled,
     }
 
 
-def _sequence_step(config: Config) -> int:
-    """The staggered schedule splits a batch into two."""
-    return 2 if config.dispatch.overlap == "staggered" else 1
+def _search(
+    config: Config, measure: Measure, sizes: Callable[[int], tuple[int, int]], limit: int, compiled: list[dict]
+) -> int:
+    """Searches the largest n whose sizes(n), sequences and context, fit; appends what it compiled."""
+    capacity = config.cluster.device.memory_bytes
+
+    def bytes_of(n: int) -> float:
+        sequences, context = sizes(n)
+        begin = time.perf_counter()
+        used = measure(_sized(config, sequences, context)).total
+        compiled.append({"sequences": sequences, "context": context, "total": used, "fits": used <= capacity})
+        verdict = "fits" if used <= capacity else f"{(used - capacity) / 1e9:.2f} GB too much"
+        print(f"search: {sequences} sequences of {context} per GPU: {used / 1e9:.2f} of {capacity / 1e9:.0f} GB, "
+              f"{verdict} ({time.perf_counter() - begin:.0f} s)", file=sys.stderr, flush=True)  # fmt: skip
+        return used
+
+    return largest_that_fits(bytes_of, lambda n: formula_bytes(_sized(config, *sizes(n))), capacity, limit)
+
+
+def _sized(config: Config, sequences: int, context: int) -> Config:
+    aot = dataclasses.replace(config.aot, tokens_per_gpu=sequences * context, context=context)
+    return dataclasses.replace(config, aot=aot)
+
+
+def formula_bytes(config: Config) -> float:
+    """Returns bytes per GPU by the memory formulas, 0 where they do not know the layout: then the search halves."""
+    try:
+        return float(total(memory_of(scenario_of_program(config))))
+    except ConfigError:
+        return 0.0
