@@ -48,8 +48,8 @@ class Attention:
     context: int
     head_dim: int
     backward: bool
-    # (sequences, context, heads) of one new token a sequence over the cache of latents.
-    absorbed: tuple[int, int, int] | None = None
+    # (sequences, context, heads, cached values a token) of one new token a sequence over the cache of latents.
+    absorbed: tuple[int, int, int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +79,23 @@ def work_of(
     """
     if instruction.opcode in FREE_OPCODES or instruction.opcode.endswith("-done"):
         return Work()
-    if instruction.opcode == "custom-call" and _KERNEL in instruction.target:
-        return _kernel_work(computation, instruction, expert_rows)
+    if kernel := _kernel_of(module, computation, instruction):
+        return _kernel_work(*kernel, expert_rows)
     bytes_moved = memory_bytes(module, computation, instruction)
     if instruction.opcode == "custom-call" and instruction.target.startswith(_CUDNN_ATTENTION):
         return Work((), cudnn_attention(computation, instruction), bytes_moved)
     return Work(tuple(gemms_of(module, computation, instruction)), None, bytes_moved)
+
+
+def _kernel_of(
+    module: Module, computation: Computation, instruction: Instruction
+) -> tuple[Computation, Instruction] | None:
+    """One of this project's kernels and where it stands: itself, or in a fusion that only slices its operands."""
+    if instruction.opcode == "custom-call" and _KERNEL in instruction.target:
+        return computation, instruction
+    inner = module.callee(instruction) if instruction.opcode == "fusion" else None
+    nested = (_kernel_of(module, inner, each) for each in inner.instructions) if inner else ()
+    return next((kernel for kernel in nested if kernel), None)
 
 
 def gemms_of(module: Module, computation: Computation, instruction: Instruction) -> list[Gemm]:
@@ -154,7 +165,7 @@ def _cache_read(computation: Computation, instruction: Instruction) -> Work:
     context, width = pages.dimensions[1] * ROWS, cache.dimensions[1]
     flops = 2.0 * sequences * context * heads * (width + latent)
     touched = sequences * context * width * element_bytes(cache.element) + 2 * queries.bytes
-    return Work((), Attention(flops, context, width, False, (sequences, context, heads)), touched)
+    return Work((), Attention(flops, context, width, False, (sequences, context, heads, width)), touched)
 
 
 def cudnn_attention(computation: Computation, instruction: Instruction) -> Attention:

@@ -101,7 +101,7 @@ def peak_flops(gpu: Gpu, dtype: str) -> Number:
     return gpu.fp8_flops_per_s if dtype == "fp8" else gpu.bf16_flops_per_s
 
 
-def gemm(m: Number, k: Number, n: Number, dtype: str, groups: int = 1, out_bytes: int = 2) -> Work:
+def gemm(m: Number, k: Number, n: Number, dtype: str, groups: Number = 1, out_bytes: int = 2) -> Work:
     """Returns the work of `groups` products [m, k] x [k, n], all operands read once and the output written once."""
     operand = _BYTES[dtype]
     touched = groups * (operand * (m * k + k * n) + out_bytes * m * n)

@@ -5,8 +5,8 @@ import dataclasses
 from moe_ep.config import ModelConfig, attention_parameters, mlp_parameters
 from moe_ep.cost.units import Number
 
-# Of each trained parameter: float32 master weight, Adam's two moments, and its gradient.
-_MASTER_BYTES, _ADAM_BYTES, _GRADIENT_BYTES = 4, 8, 4
+# Of each trained parameter: float32 master weight and Adam's two moments.
+_MASTER_BYTES, _ADAM_BYTES = 4, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,7 @@ class MemoryPlan:
       cached_tokens: tokens whose keys and values stay on this GPU.
       buffer_rows: rows of all (source, destination) buffers in flight, one direction; 0 where nothing is sent.
       expert_rows: rows of the compact buffer that the experts read at once.
+      gradient_bytes: of a parameter's gradient; cast_bytes: of its copy in the type of the computation.
       saved_layers: layers of all micro-batches in flight whose activations a training
         step keeps for its backward pass.
       remat: what that pass computes again (ModelConfig.remat), so need not be kept.
@@ -37,6 +38,8 @@ class MemoryPlan:
     cached_tokens: Number
     buffer_rows: Number
     expert_rows: Number
+    gradient_bytes: int = 4
+    cast_bytes: int = 0
     saved_layers: Number = 0.0
     remat: str = "keep_dispatch"
 
@@ -66,7 +69,7 @@ def bytes_per_gpu(plan: MemoryPlan) -> dict[str, Number]:
     inference = (count - small) * plan.weight_bytes + small * 4
     parts = {"weights": count * _MASTER_BYTES if plan.training else inference}
     if plan.training:
-        parts["gradients"] = count * _GRADIENT_BYTES
+        parts["gradients"] = count * plan.gradient_bytes
         parts["optimizer"] = count * _ADAM_BYTES
     attention, layers = plan.model.attention, plan.layer_share * plan.model.layers
     parts["kv_cache"] = plan.cached_tokens * layers * attention.cache_dim * plan.cache_bytes
@@ -82,18 +85,11 @@ def _activations(plan: MemoryPlan, buffers: Number) -> Number:
     """
     if not plan.training:
         return max(_block(plan) - buffers, plan.tokens * plan.model.width * 2)
-    return _block(plan) + plan.tokens * plan.model.vocabulary * 4 + saved_bytes(plan) + _kept_casts(plan)
-
-
-def _kept_casts(plan: MemoryPlan) -> Number:
-    """Matrices as they were cast for the forward pass, which the backward pass needs again."""
-    return 2 * scanned_parameters(plan) if plan.remat == "none" else 0.0
-
-
-def scanned_parameters(plan: MemoryPlan) -> Number:
-    """Returns the parameters of one GPU that stand in layers, not in embedding or head."""
-    parameters = parameters_per_gpu(plan)
-    return sum(parameters.values()) - parameters["embedding"]
+    parameters = sum(parameters_per_gpu(plan).values())
+    needed = _block(plan) + plan.tokens * plan.model.vocabulary * 4 + saved_bytes(plan)
+    if plan.model.unroll:  # a layer's activations go as its gradients come
+        needed = max(needed - plan.gradient_bytes * parameters, _block(plan))
+    return needed + plan.cast_bytes * parameters
 
 
 def saved_bytes(plan: MemoryPlan) -> Number:

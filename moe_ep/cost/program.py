@@ -15,19 +15,17 @@ SMALL_KERNELS = 36
 # Latent and rotary widths that the project's decode kernel takes (moe_ep/kernels/mla_decode/api.py).
 _KERNEL_CACHES = frozenset({(512, 64)})
 
-# Bytes a parameter, in training. Master weights, gradients and Adam's moments are float32.
-_UPDATE = 4 * 7  # parameter, gradient and two moments read; all but the gradient written
-_NORM = 4
+# Bytes a parameter, in training: float32 master weights and Adam's moments, a BF16 copy made once a step.
 _CAST = 4 + 2
-# Of layers in a scan: the gradient's place in the stack is zeroed, then filled from BF16.
-_GRADIENT = 4 + (2 + 4)
-# Of layers in a scan without recomputation: the cast matrix is kept for the backward pass, in zeroed memory.
-_KEPT_CAST = 2 + (2 + 2)
-_ACCUMULATE = 3 * 4
-# Activations kept by a scan: their place is zeroed, then filled by a copy.
+_UPDATE = 3 * 4 + 3 * 4  # weight and two moments, read and written; the gradient comes on top, and once more for the norm
+# Gradients of layers in a loop: their place in the stack is zeroed, then filled from where they were made.
+_STACKED = 2 + (2 + 2)
+_ACCUMULATED = (4 + 2) + 4
+_WIDENED = 2 + 4
+# Activations kept by a loop: their place is zeroed, then filled by a copy.
 _KEPT_TWICE = 3
-# Float32 logits: read by two reductions, read and written once to become their gradient.
-_LOGITS = 4 * 4
+# Float32 logits: read by two reductions, then once more to write their gradient in BF16.
+_LOGITS = 2 * 4 + (4 + 2)
 
 
 def prefill_passes(model: ModelConfig, tokens: Number, tp: int) -> list[Work]:
@@ -56,38 +54,36 @@ def _padded_values(model: ModelConfig, rows: Number) -> list[Work]:
             memory_pass(rows * 2 * 2 * attention.value_dim)]  # fmt: skip
 
 
-def dense_passes(model: ModelConfig, tokens: Number) -> list[Work]:
-    """Returns the activation's pass of a dense layer, which XLA does not fuse into a product."""
-    return [memory_pass(tokens * 2 * 2 * model.hidden)] if model.activation == "gelu" else []
-
-
 def head_width(model: ModelConfig) -> int:
     """Returns the size of a value head as the fused attention computes it."""
     return max(model.attention.value_dim, model.attention.query_dim)
 
 
-def update_bytes(parameters: Number) -> Number:
-    """Returns the bytes that one update of so many parameters reads and writes: clipping's norm, Adam."""
-    return parameters * (_UPDATE + _NORM)
+def gradient_bytes_a_value(summed: bool) -> int:
+    """Returns the bytes of a gradient's value at the update: BF16 unless it was summed over devices or micro-batches."""
+    return 4 if summed else 2
 
 
-def pass_bytes(scanned: Number, others: Number, recomputed: bool, accumulated: bool) -> Number:
-    """Returns the bytes that one forward and backward pass moves of weights and gradients, beside their products.
+def update_bytes(parameters: Number, summed: bool) -> Number:
+    """Returns the bytes that one update of so many parameters moves: the cast, clipping's norm, Adam."""
+    return parameters * (_CAST + _UPDATE + 2 * gradient_bytes_a_value(summed))
+
+
+def pass_bytes(parameters: Number, looped: bool, accumulated: bool, widened: bool) -> Number:
+    """Returns the bytes that one forward and backward pass moves of gradients, beside the products that make them.
 
     Args:
-      scanned: parameters on this GPU of layers that stand in a scan.
-      others: parameters of embedding and head.
-      recomputed: the backward pass casts again instead of keeping what was cast.
+      parameters: on this GPU.
+      looped: layers stand in a loop and not one after another.
       accumulated: gradients of several micro-batches are added up.
+      widened: they are turned into float32 to be summed over devices.
     """
-    again = _CAST if recomputed else _KEPT_CAST
-    added = _ACCUMULATE * (scanned + others) if accumulated else 0.0
-    return scanned * (_CAST + again + _GRADIENT) + others * _CAST + added
+    return parameters * (_STACKED * looped + _ACCUMULATED * accumulated + _WIDENED * widened)
 
 
-def kept_bytes(saved: Number) -> Number:
+def kept_bytes(saved: Number, looped: bool) -> Number:
     """Returns the bytes moved to keep so many bytes of activations for the backward pass."""
-    return saved * _KEPT_TWICE
+    return saved * _KEPT_TWICE if looped else 0.0
 
 
 def loss_bytes(model: ModelConfig, tokens: Number) -> Number:

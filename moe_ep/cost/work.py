@@ -96,7 +96,7 @@ def block_pass(model: ModelConfig, tokens: Number) -> Work:
     return memory_pass(tokens * model.width * 2 * 5)
 
 
-def experts(model: ModelConfig, rows: Number, groups: int, precision: Precision) -> list[Work]:
+def experts(model: ModelConfig, rows: Number, groups: Number, precision: Precision) -> list[Work]:
     """Returns the calls of the experts of one GPU on `rows` rows spread evenly over `groups` of them."""
     moe, width = model.moe, model.width
     calls = mlp(width, moe.hidden, moe.activation == "silu_gated", rows, groups, precision)
@@ -105,7 +105,7 @@ def experts(model: ModelConfig, rows: Number, groups: int, precision: Precision)
     return calls + [memory_pass(moved)]
 
 
-def mlp(width: int, hidden: int, gated: bool, rows: Number, groups: int, precision: Precision) -> list[Work]:
+def mlp(width: int, hidden: int, gated: bool, rows: Number, groups: Number, precision: Precision) -> list[Work]:
     """Returns the two products of `groups` feed-forward layers and the activation's pass where it is not fused."""
     up = hidden * (2 if gated else 1)
     each = rows / groups

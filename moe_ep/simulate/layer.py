@@ -54,6 +54,7 @@ class LayerLoad:
     rows: np.ndarray  # [P, P]
     placement: Placement
     share: np.ndarray  # [experts], as drawn
+    active: Number  # experts with rows on the GPU that has most of them: an expert without is not read
 
     @property
     def max_over_mean(self) -> Number:
@@ -78,7 +79,9 @@ def _layer_load(
     rows = rows_between(counts, placement)
     if routing.busiest is not None:
         rows = with_busiest(rows, routing.busiest)
-    return LayerLoad(rows, placement, share)
+    per_slot = counts.sum(axis=0)[placement.slots] / placement.replicas[placement.slots]
+    active = np.minimum(per_slot, 1.0).sum(axis=1).max()
+    return LayerLoad(rows, placement, share, max(float(active), 1.0))
 
 
 @functools.lru_cache(maxsize=512)
@@ -144,7 +147,7 @@ def make_block(scenario: Scenario, layer: int, tokens: Number, chunks: int, back
     return Block(
         attention=attention_seconds(scenario, tokens, backward, overlapped),
         dispatch=network.all_to_all_seconds(out, fabric, parameters),
-        experts=expert_seconds(scenario, load.rows.sum(axis=0), backward, overlapped),
+        experts=expert_seconds(scenario, load, backward, overlapped),
         combine=network.all_to_all_seconds(back, fabric, parameters),
         gather=gather_seconds(scenario, tokens),
         dispatch_traffic=out,
@@ -187,11 +190,12 @@ def _passes(scenario: Scenario) -> int:
     return 1 if scenario.remat == "none" else 2
 
 
-def expert_seconds(scenario: Scenario, rows: np.ndarray, backward: bool, overlapped: bool) -> np.ndarray:
+def expert_seconds(scenario: Scenario, load: LayerLoad, backward: bool, overlapped: bool) -> np.ndarray:
     """Returns the experts' time on each GPU; between the least, mean and most loaded one it is interpolated."""
+    rows = load.rows.sum(axis=0)
     nodes = np.unique(np.maximum([rows.min(), rows.mean(), rows.max()], 1e-9))
     launch = scenario.stack.expert_launch_s * (3 if backward else 1)
-    calls = [work.experts(scenario.model, value, scenario.slots, scenario.stack.precision) for value in nodes]
+    calls = [work.experts(scenario.model, value, load.active, scenario.stack.precision) for value in nodes]
     return np.interp(rows, nodes, [with_backward(scenario, each, backward, overlapped) + launch for each in calls])
 
 

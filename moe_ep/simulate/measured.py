@@ -8,8 +8,10 @@ from their benchmark, passes from the compiler's schedules.
 """
 
 import collections.abc
+import dataclasses
 import json
 import pathlib
+import shlex
 import typing
 
 from moe_ep.config import Config, ModelConfig, MoEConfig, check
@@ -51,20 +53,49 @@ Figure = tuple[str, str, Number, Number]
 
 
 def _training(record: Row) -> collections.abc.Iterator[Figure]:
-    run = next(run for name, run in record["runs"].items() if name.startswith("mosaic"))
-    config = apply(load(record["config"]), record["settings"])
+    run = record["runs"].get("auto")
+    if run is None:  # of another program than the config's own
+        return
+    path = f"configs/{record['config']}.py"
+    config = load(path)
     step, memory = _predicted(config, phase="train", tokens=config.train.batch_sequences * config.train.sequence,
                               context=config.train.sequence)  # fmt: skip
-    yield f"training step of {record['config']}", "ms", run["ms_per_step"]["median"], step
-    yield f"peak memory of {record['config']}", "GB", run["peak_bytes"] / 1e9, memory
+    yield f"training step of {path}", "ms", 1e3 * run["seconds"], step
+    yield f"peak memory of {path}", "GB", run["peak_bytes"] / 1e9, memory
 
 
 def _predicted(config: Config, phase: str, tokens: Number, context: int) -> tuple[Number, Number]:
     """Returns milliseconds and GB on one GPU, whatever transport and overlap the config has: nothing is sent."""
-    sizes = {"phase": phase, "context": context, "tokens_per_gpu": tokens, "sequences_per_gpu": tokens}
+    sizes = {"phase": phase, "context": context, "tokens_per_gpu": tokens, "sequences_per_gpu": tokens,
+             "ignore_memory": True}  # fmt: skip
     sets = [f"simulate.{name}={value}" for name, value in sizes.items()]
     prediction = predict(scenario_of(check(apply(config, sets))))
     return 1e3 * prediction.step_s, sum(prediction.bytes_per_gpu.values()) / 1e9
+
+
+def _serving(record: Row) -> collections.abc.Iterator[Figure]:
+    """Rows of --mode=bench that one device measured; the config is the recorded command's."""
+    path, settings = _of_command(record["command"])
+    config = apply(load(path), settings)
+    for row in record["rows"]:
+        if row["kind"] == "measured" and row["devices"] == 1 and row["phase"] in ("prefill", "decode"):
+            moe = dataclasses.replace(config.model.moe, num_experts=row["experts"])
+            sized = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+            milliseconds, _ = _predicted(sized, row["phase"], row["tokens_per_microbatch"], row["sequence"])
+            what = f"{row['phase']}, {row['tokens_per_microbatch']} {_UNITS[row['phase']]}, context {row['sequence']}"
+            yield f"{what}, {row['routing']} routing, {path}", "ms", row["ms_per_step"], milliseconds
+
+
+_UNITS = {"prefill": "tokens", "decode": "sequences"}
+
+
+def _of_command(command: str) -> tuple[str, list[str]]:
+    """Returns the config file and the settings of a recorded command line."""
+    words = shlex.split(command)
+    pairs = [word.split("=", 1) for word in words if word.startswith(("--config=", "--set="))]
+    pairs += [[flag, value] for flag, value in zip(words, words[1:]) if flag in ("--config", "--set")]
+    (path,) = (value for flag, value in pairs if flag == "--config")
+    return path, [value for flag, value in pairs if flag == "--set"]
 
 
 def _layer(record: Row) -> collections.abc.Iterator[Figure]:
@@ -86,6 +117,8 @@ def _layer_calls(sizes: Row) -> list[Work]:
 _READERS: dict[str, typing.Callable[[Row], collections.abc.Iterator[Figure]]] = {
     "train_single_gpu_nvidia_h200.json": _training,
     "moe_layer_nvidia_h200.json": _layer,
+    "serve_nvidia_h200.json": _serving,
+    "bench_nvidia_h200.json": _serving,
 }
 
 

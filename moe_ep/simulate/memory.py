@@ -1,5 +1,6 @@
 """What a scenario's GPU holds: the plan that memory formulas take, and bytes by part."""
 
+from moe_ep.cost import program
 from moe_ep.cost.memory import MemoryPlan, bytes_per_gpu
 from moe_ep.cost.routing import buffer_rows
 from moe_ep.cost.units import Number
@@ -18,7 +19,7 @@ def plan_of(scenario: Scenario) -> MemoryPlan:
     buffered = _buffered_rows(scenario, batches)
     node = min(scenario.fabric.gpus_per_node, layout.ep)
     in_flight = min(layout.pp, workload.micro_batches) if training else 1
-    decoding = workload.phase == "decode"
+    decoding, compiled = workload.phase == "decode", scenario.stack.is_compiled
     return MemoryPlan(
         model=model,
         training=training,
@@ -31,9 +32,16 @@ def plan_of(scenario: Scenario) -> MemoryPlan:
         cached_tokens=workload.sequences_per_gpu * layout.pp * workload.context if decoding else 0.0,
         buffer_rows=buffered * batches if layout.ep > 1 else 0.0,
         expert_rows=buffered,
+        gradient_bytes=program.gradient_bytes_a_value(gradients_are_summed(scenario)) if compiled else 4,
+        cast_bytes=2 if compiled else 0,
         saved_layers=model.layers / layout.pp * in_flight if training else 0.0,
         remat=scenario.remat,
     )
+
+
+def gradients_are_summed(scenario: Scenario) -> bool:
+    """True where gradients of several GPUs or micro-batches are added up, in float32."""
+    return scenario.layout.stage_gpus > 1 or scenario.workload.micro_batches > 1
 
 
 def _buffered_rows(scenario: Scenario, batches: int) -> Number:

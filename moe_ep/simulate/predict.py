@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from moe_ep.config import mlp_parameters
 from moe_ep.cost.kernels import peak_flops
 from moe_ep.cost.memory import total
 from moe_ep.cost.units import Number
@@ -119,12 +120,26 @@ def _bytes_sent(stage: StageWork, chunks: int, micro_batches: int) -> tuple[Numb
 
 
 def _weights_read(scenario: Scenario, parts: dict[str, Number]) -> Number:
-    """Weights once for each pass, of the embedding only a few rows, the cache once: what a step cannot do without."""
-    model, layout = scenario.model, scenario.layout
-    embedding = model.vocabulary * model.width * scenario.stack.precision.weight_bytes if layout.pp == 1 else 0
+    """Weights once for each pass, the cache once: what a step cannot do without.
+
+    Not of the embedding, of which it reads a few rows, nor of experts that no token chose.
+    """
+    model, layout, value_bytes = scenario.model, scenario.layout, scenario.stack.precision.weight_bytes
+    embedding = model.vocabulary * model.width if layout.pp == 1 else 0
+    idle = scenario.slots - min(_active_experts(scenario), scenario.slots)
+    expert = mlp_parameters(model.width, model.moe.hidden, model.moe.activation)
+    unread = (embedding + idle * expert * model.moe_layers / layout.pp) * value_bytes
     if scenario.workload.phase == "train":
-        return (parts["weights"] / 2 - embedding) * 3 * scenario.workload.micro_batches
-    return parts["weights"] - embedding + parts["kv_cache"] / layout.pp
+        return (parts["weights"] / 2 - unread) * 3 * scenario.workload.micro_batches
+    return parts["weights"] - unread + parts["kv_cache"] / layout.pp
+
+
+def _active_experts(scenario: Scenario) -> Number:
+    """Of a layer on one GPU, in one part of a micro-batch."""
+    layout, layers = scenario.layout, len(scenario.routing.shares)
+    parts = 2 if layout.overlap == "staggered" else layout.chunks if layout.overlap == "chunks" else 1
+    tokens = scenario.workload.tokens / parts
+    return sum(layer_load(scenario, layer, tokens).active for layer in range(layers)) / layers
 
 
 def _bottleneck(scenario: Scenario, compute_s: Number, network_s: Number, exposed: Number) -> str:

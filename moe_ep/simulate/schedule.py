@@ -13,7 +13,8 @@ are issued on the compute stream. An instruction is one of
         op: gemm, grouped_gemm, attention or other; bytes read and written in memory;
         gemms: [[rows, columns, inner, batch], ...] where the products' shapes are known;
         attention: {"flops", "context", "head_dim", "backward"} of a fused attention, or null; also
-        "absorbed": [sequences, context, heads] where one token a sequence reads a cache of latents
+        "absorbed": [sequences, context, heads, cached values a token] where one token a sequence
+        reads a cache of latents
     {"kind": "collective" | "collective_start", "name", "op", "bytes", "group_size", "group_stride", "scope"}
         op: all_to_all, ragged_all_to_all, all_gather, reduce_scatter, all_reduce, collective_permute;
         bytes: one GPU's operand, of an all_gather its output. A plain collective holds the

@@ -5,10 +5,10 @@ import dataclasses
 from moe_ep.config import parameters_by_part
 from moe_ep.cost import network, program, work
 from moe_ep.cost.kernels import memory_pass
-from moe_ep.cost.memory import parameters_per_gpu, saved_bytes, scanned_parameters
+from moe_ep.cost.memory import parameters_per_gpu, saved_bytes
 from moe_ep.cost.units import Number
 from moe_ep.simulate.layer import Block, attention_seconds, make_block, with_backward
-from moe_ep.simulate.memory import plan_of
+from moe_ep.simulate.memory import gradients_are_summed, plan_of
 from moe_ep.simulate.scenario import Scenario
 
 
@@ -77,7 +77,6 @@ def _dense_seconds(scenario: Scenario, tokens: Number, backward: bool) -> Number
     if scenario.layout.pp > 1:
         return 0.0
     calls = work.dense_layer(model, tokens, scenario.stack.precision, 1)
-    calls += program.dense_passes(model, tokens) if scenario.stack.is_compiled else []
     dense = with_backward(scenario, calls, backward, False) + attention_seconds(scenario, tokens, backward, False)
     logits = tokens / workload.context if workload.phase == "prefill" else tokens
     head = with_backward(scenario, work.output_head(model, logits, 1), backward, False)
@@ -85,16 +84,15 @@ def _dense_seconds(scenario: Scenario, tokens: Number, backward: bool) -> Number
 
 
 def _kept_seconds(scenario: Scenario) -> Number:
-    """What a compiled training pass moves beside its products: casts, stacked gradients, kept activations, the loss."""
+    """What a compiled training pass moves beside its products: gradients, kept activations, the loss."""
     if not scenario.stack.is_compiled:
         return 0.0
-    plan = plan_of(scenario)
-    scanned, others = scanned_parameters(plan), parameters_per_gpu(plan)["embedding"]
-    accumulated = scenario.workload.micro_batches > 1
-    moved = program.pass_bytes(scanned, others, scenario.remat != "none", accumulated)
-    one_batch = dataclasses.replace(plan, saved_layers=plan.model.layers / scenario.layout.pp)
-    moved += program.kept_bytes(saved_bytes(one_batch))
-    logits = program.loss_bytes(plan.model, plan.tokens) if scenario.layout.pp == 1 else 0.0
+    plan, layout = plan_of(scenario), scenario.layout
+    looped, several = not scenario.model.unroll, scenario.workload.micro_batches > 1
+    moved = program.pass_bytes(sum(parameters_per_gpu(plan).values()), looped, several, layout.stage_gpus > 1)
+    one_batch = dataclasses.replace(plan, saved_layers=plan.model.layers / layout.pp)
+    moved += program.kept_bytes(saved_bytes(one_batch), looped)
+    logits = program.loss_bytes(plan.model, plan.tokens) if layout.pp == 1 else 0.0
     return _pass_time(scenario, moved + logits)
 
 
@@ -110,7 +108,7 @@ def _update_seconds(scenario: Scenario) -> Number:
     rest = (sum(parts.values()) - parts["experts"]) / layout.pp
     seconds = network.all_reduce_seconds(experts * 4, layout.expert_replicas, fabric, parameters, layout.ep)
     seconds += network.all_reduce_seconds(rest * 4, layout.stage_gpus, fabric, parameters)
-    return seconds + _pass_time(scenario, program.update_bytes(experts + rest))
+    return seconds + _pass_time(scenario, program.update_bytes(experts + rest, gradients_are_summed(scenario)))
 
 
 def _send_seconds(scenario: Scenario) -> Number:

@@ -124,7 +124,15 @@ KERNELS = """HloModule kernels, is_scheduled=true
   ROOT %scatter = bf16[100,8]{1,0} scatter(%p.0, %p.1, %p.2), to_apply=%add
 }
 
-ENTRY %main (x: bf16[64,16], d: bf16[64,32], w: bf16[4,16,32], g: bf16[4,16,32], c: bf16[100,8], i: s32[4,1], u: bf16[4,8]) -> bf16[64,32] {
+%on_a_slice (q.0: bf16[64,32], q.1: bf16[2,4,16,32]) -> bf16[64,16] {
+  %q.0 = bf16[64,32]{1,0} parameter(0)
+  %q.1 = bf16[2,4,16,32]{3,2,1,0} parameter(1)
+  %layer = bf16[1,4,16,32]{3,2,1,0} slice(%q.1), slice={[0:1], [0:4], [0:16], [0:32]}
+  %cut = bf16[4,16,32]{2,1,0} bitcast(%layer)
+  ROOT %kernel = bf16[64,16]{1,0} custom-call(%q.0, %cut), custom_call_target="mosaic_gpu_v2"
+}
+
+ENTRY %main (x: bf16[64,16], d: bf16[64,32], w: bf16[4,16,32], g: bf16[4,16,32], c: bf16[100,8], i: s32[4,1], u: bf16[4,8], s: bf16[2,4,16,32]) -> bf16[64,32] {
   %x = bf16[64,16]{1,0} parameter(0)
   %d = bf16[64,32]{1,0} parameter(1)
   %w = bf16[4,16,32]{2,1,0} parameter(2)
@@ -132,6 +140,8 @@ ENTRY %main (x: bf16[64,16], d: bf16[64,32], w: bf16[4,16,32], g: bf16[4,16,32],
   %c = bf16[100,8]{1,0} parameter(4)
   %i = s32[4,1]{1,0} parameter(5)
   %u = bf16[4,8]{1,0} parameter(6)
+  %s = bf16[2,4,16,32]{3,2,1,0} parameter(7)
+  %sliced = bf16[64,16]{1,0} fusion(%d, %s), kind=kCustom, calls=%on_a_slice
   %append = bf16[100,8]{1,0} fusion(%c, %i, %u), kind=kInput, calls=%rows_in_place
   %back = bf16[64,16]{1,0} custom-call(%d, %w), custom_call_target="mosaic_gpu_v2"
   %weights = bf16[4,16,32]{2,1,0} custom-call(%i, %x, %d), custom_call_target="mosaic_gpu_v2"
@@ -149,6 +159,7 @@ def test_expert_kernels_have_a_product_for_each_weight_on_the_rows_with_tokens()
     assert kernel_work("forward").gemms == (Gemm(16, 32, 16, 4),) * 2
     assert kernel_work("back").gemms == (Gemm(16, 16, 32, 4),)
     assert kernel_work("weights").gemms == (Gemm(16, 32, 16, 4),)
+    assert kernel_work("sliced") == kernel_work("back")
     # Half of the buffer's rows hold tokens: half of the FLOPs, all of the weights' bytes.
     half = kernel_work("forward", expert_rows=32)
     assert half.gemms == (Gemm(8, 32, 16, 4),) * 2

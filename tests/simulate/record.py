@@ -1,6 +1,6 @@
 """Compiles the programs that the simulator is held against and records their schedules and memory in data/.
 
-    python tests/simulate/record.py        (after scripts/setup cuda12; three minutes, no GPU)
+    python tests/simulate/record.py [NAME ...]        (after scripts/setup cuda12; all of them take minutes, no GPU)
 
 Schedules lose what the simulator does not read. The tests compare with what stands here, so
 run this after a change of the programs, and see what moved.
@@ -8,6 +8,7 @@ run this after a change of the programs, and see what moved.
 
 import json
 import pathlib
+import sys
 
 from moe_ep.aot.compile import compile_program
 from moe_ep.config import check
@@ -55,14 +56,16 @@ def as_text(schedule: dict) -> str:
     return head[:-1] + ', "computations": {\n' + ",\n".join(computations) + "\n}}\n"
 
 
-def main() -> None:
-    figures = {}
-    for name in PROGRAMS:
+def main(names: list[str]) -> None:
+    """Records the programs named, or all of them; the figures of the others stay."""
+    path = DATA / "memory.json"
+    figures = json.loads(path.read_text()) if names else {}
+    for name in names or PROGRAMS:
         figures[name] = record(name)
         print(f"{name}: {figures[name]['total'] / 1e9:.3f} GB", flush=True)
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(figure)}" for name, figure in figures.items())
-    (DATA / "memory.json").write_text("{\n" + lines + "\n}\n")
+    path.write_text("{\n" + lines + "\n}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

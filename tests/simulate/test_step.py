@@ -126,12 +126,12 @@ def test_renumbering_ranks_changes_nothing(case, random, tokens):
     load = layer.layer_load(case, 0, tokens)
     rows = np.empty_like(load.rows)
     rows[np.ix_(rename, rename)] = load.rows
-    renamed = layer.LayerLoad(rows, renumbered(load.placement, rename), load.share)
+    renamed = layer.LayerLoad(rows, renumbered(load.placement, rename), load.share, load.active)
     before, after = (
         all_to_all_seconds(layer.traffic(case, one, tokens, 2.0), case.fabric, case.stack.network) for one in (load, renamed)
     )
     assert after == pytest.approx(before)
-    seconds = [layer.expert_seconds(case, one.rows.sum(axis=0), False, False).max() for one in (load, renamed)]
+    seconds = [layer.expert_seconds(case, one, False, False).max() for one in (load, renamed)]
     assert seconds[1] == pytest.approx(seconds[0])
 
 
@@ -165,6 +165,15 @@ def test_the_slowest_rank_sets_the_pace():
     slowed = dataclasses.replace(block, experts=slow)
     longer = pass_timeline([slowed], 0.0, "none", 1).seconds - pass_timeline([block], 0.0, "none", 1).seconds
     assert longer == pytest.approx(2 * block.experts[5])
+
+
+def test_an_expert_without_rows_is_not_read():
+    """Two tokens choose at most four of 32 experts on one GPU."""
+    few, all_of_them = (scenario(ep=1, gpus=1, phase="decode", batch=batch) for batch in (2, 64))
+    loads = [layer.layer_load(case, 0, case.workload.tokens) for case in (few, all_of_them)]
+    assert loads[0].active <= 4 < 30 <= loads[1].active
+    seconds = [layer.expert_seconds(case, load, False, False)[0] for case, load in zip((few, all_of_them), loads)]
+    assert seconds[0] < 0.25 * seconds[1]
 
 
 def test_training_computes_three_times_and_communicates_twice_what_prefill_does():
