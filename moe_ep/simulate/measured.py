@@ -14,7 +14,7 @@ import pathlib
 import shlex
 import typing
 
-from moe_ep.config import Config, ModelConfig, MoEConfig, check
+from moe_ep.config import AttentionConfig, ClusterConfig, Config, MeshConfig, ModelConfig, MoEConfig, check
 from moe_ep.cost import work
 from moe_ep.cost.kernels import Work
 from moe_ep.cost.units import Number
@@ -86,6 +86,32 @@ def _serving(record: Row) -> collections.abc.Iterator[Figure]:
             yield f"{what}, {row['routing']} routing, {path}", "ms", row["ms_per_step"], milliseconds
 
 
+# What `moe_ep.bench.engine_load` serves; its record has the load alone.
+ENGINE_MODEL = ModelConfig(
+    layers=8,
+    dense_layers=1,
+    width=4096,
+    hidden=8192,
+    attention=AttentionConfig(heads=128, nope_dim=56, rope_dim=64, value_dim=56, latent_dim=512),
+    moe=MoEConfig(num_experts=8, top_k=2, hidden=8192),
+)
+
+
+def _engine(record: Row) -> collections.abc.Iterator[Figure]:
+    """The serving engine's two steps, back to back: whole prompts in chunks, and every slot in mid-completion."""
+    if record["devices"] != 1:
+        return
+    load, config = record["load"], Config(model=ENGINE_MODEL, cluster=ClusterConfig(gpu="h200"), mesh=MeshConfig(1, 1))
+    chunk = record["tokens_prefilled"] // record["steps"]["chunk"]
+    middle = load["prompt"] + load["new_tokens"] // 2
+    for phase, tokens, context, measured in (
+        ("prefill", chunk, load["prompt"], record["ms_per_chunk_step"]),
+        ("decode", load["slots"], middle, record["ms_per_decode_step"]),
+    ):
+        what = f"{phase} step of the engine, {tokens} {_UNITS[phase]}, context {context}"
+        yield what, "ms", measured, _predicted(config, phase, tokens, context)[0]
+
+
 _UNITS = {"prefill": "tokens", "decode": "sequences"}
 
 
@@ -117,6 +143,7 @@ def _layer_calls(sizes: Row) -> list[Work]:
 _READERS: dict[str, typing.Callable[[Row], collections.abc.Iterator[Figure]]] = {
     "train_single_gpu_nvidia_h200.json": _training,
     "moe_layer_nvidia_h200.json": _layer,
+    "engine_load_nvidia_h200.json": _engine,
     "serve_nvidia_h200.json": _serving,
     "bench_nvidia_h200.json": _serving,
 }

@@ -28,7 +28,7 @@ def test_formula_and_compiled_schedule_agree(name):
     result = compare(config_of(name), schedule.load(str(DATA / f"{name}.json")))
     assert result["walk_s"] == pytest.approx(result["formula_s"], rel=WIDER.get(name, 0.06)), result
     if name.startswith("prefill") and "single" not in name:
-        assert result["walk_hidden_share"] == pytest.approx(result["formula_hidden_share"], abs=0.02)
+        assert result["walk_hidden_share"] == pytest.approx(result["formula_hidden_share"], abs=0.03)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -5,7 +5,8 @@ import pathlib
 
 import pytest
 
-from moe_ep.simulate.measured import GOAL, compare, markdown
+from moe_ep.bench import engine_load
+from moe_ep.simulate.measured import ENGINE_MODEL, GOAL, compare, markdown
 
 RESULTS = pathlib.Path(__file__).parents[2] / "results"
 
@@ -16,7 +17,8 @@ def rows() -> list[dict]:
 
 
 def test_every_recorded_step_is_predicted_within_the_goal(rows):
-    assert any(row["what"].startswith("one MoE layer") for row in rows)
+    kinds = {row["what"].split(" step")[0].split(",")[0] for row in rows}
+    assert {"one MoE layer", "prefill", "decode"} <= kinds
     for row in rows:
         assert abs(row["residual"]) <= GOAL, row
 
@@ -44,6 +46,10 @@ def test_rows_of_the_benchmark_are_predicted_from_their_command(tmp_path, monkey
     (only,) = compare(tmp_path)
     assert 3.0 < only["predicted"] < 4.5 and only["measured"] == 3.0
     assert only["what"].startswith("decode, 64 sequences, context 2048")
+
+
+def test_the_engines_model_is_the_one_that_was_measured():
+    assert engine_load._MODEL == ENGINE_MODEL
 
 
 def test_a_folder_without_recorded_runs_has_no_rows(tmp_path):
