@@ -176,10 +176,12 @@ def attend_xla(queries: Queries, keys: Queries, values: Values, scale: float) ->
 
 
 def attend_cudnn(queries: Queries, keys: Queries, values: Values, scale: float) -> Values:
-    """Causal attention fused by cuDNN, which wants heads of one size and is fast at multiples of 64: zeros fill up."""
-    size = -(-keys.shape[-1] // 64) * 64
-    padded = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[-1]))) for x in (queries, keys, values))
-    attended = jax.nn.dot_product_attention(*padded, scale=scale, is_causal=True, implementation="cudnn")
+    """Causal attention fused by cuDNN; values narrower than keys are padded, as cuDNN wants one size."""
+    missing = keys.shape[-1] - values.shape[-1]
+    padded = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    attended = jax.nn.dot_product_attention(
+        queries, keys, padded, scale=scale, is_causal=True, implementation="cudnn"
+    )
     return attended[..., : values.shape[-1]]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from moe_ep.kernels import grouped_matmul as gm
-from moe_ep.kernels.grouped_matmul import activations
+from moe_ep.kernels.grouped_matmul import activations, checks
 
 TILE, TILES = 8, 12
 
@@ -258,3 +258,8 @@ def test_wrong_operands_are_named_with_their_numbers(wrong, message):
     options = {"activation": "gelu"} | {name: wrong[name] for name in ("activation", "implementation") if name in wrong}
     with pytest.raises(ValueError, match=message):
         gm.expert_mlp(wrong.get("rows", ROWS), weights, CASES["unequal"].groups(), **options)
+
+
+def test_what_is_no_array_is_said_to_be_none():
+    with pytest.raises(ValueError, match="rows is a list, not an array"):
+        checks.check_groups([[1.0]], CASES["unequal"].groups())

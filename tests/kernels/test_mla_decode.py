@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_ep.aot import topology
 from moe_ep.config import ClusterConfig
-from moe_ep.kernels.mla_decode import block, mla_decode, mosaic
+from moe_ep.kernels.mla_decode import api, block, mla_decode, mosaic
 
 SCALE = 0.11
 
@@ -199,3 +199,11 @@ def test_sizes_that_do_not_belong_together_are_refused_with_their_numbers():
     ]:
         with pytest.raises(ValueError, match=message):
             mla_decode(*operands, **options, implementation="fast")
+
+
+def test_a_wrong_rank_is_refused_with_the_shape():
+    (q_latent, q_rope, cache, lengths), _ = random_call((3, 2), heads=2, cached=4, latent=6, rope=2)
+    with pytest.raises(ValueError, match="q_latent has shape \\(2, 6\\): rank 2, not 3"):
+        api.check(q_latent[0], q_rope, cache, lengths, None)
+    with pytest.raises(ValueError, match="pages has shape \\(2,\\): rank 1, not 2"):
+        api.check(q_latent, q_rope, cache, lengths, lengths)

@@ -53,6 +53,8 @@ def _check_type(name, array):
 
 
 def _check_rank(name, array, rank):
+    if not hasattr(array, "dtype"):
+        raise ValueError(f"{name} is a {type(array).__name__}, not an array")
     if array.ndim != rank:
         raise ValueError(f"{name} has shape {array.shape}: rank {array.ndim}, not {rank}")
 

@@ -44,7 +44,7 @@ def mla_decode(
       ValueError: sizes or types that do not belong together, or that the named
         implementation does not take.
     """
-    _check(q_latent, q_rope, cache, lengths, pages)
+    check(q_latent, q_rope, cache, lengths, pages)
     name = implementation or _choose(q_latent, q_rope, cache)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {name!r}, not one of {', '.join(IMPLEMENTATIONS)}")
@@ -57,7 +57,12 @@ def _choose(q_latent, q_rope, cache) -> str:
     return "mosaic" if widths in measured and not mosaic.refusal(q_latent, q_rope, cache) else "xla"
 
 
-def _check(q_latent, q_rope, cache, lengths, pages):
+def check(q_latent, q_rope, cache, lengths, pages):
+    """Raises ValueError, with the numbers, where ranks, types or sizes do not belong together."""
+    ranks = {"q_latent": (q_latent, 3), "q_rope": (q_rope, 3), "cache": (cache, 3), "lengths": (lengths, 1)}
+    for name, (array, rank) in (ranks if pages is None else ranks | {"pages": (pages, 2)}).items():
+        if jnp.ndim(array) != rank:
+            raise ValueError(f"{name} has shape {jnp.shape(array)}: rank {jnp.ndim(array)}, not {rank}")
     types = {q_latent.dtype.name, q_rope.dtype.name, cache.dtype.name}
     if len(types) > 1:
         raise ValueError(f"q_latent, q_rope and cache must have one type, not {', '.join(sorted(types))}")
