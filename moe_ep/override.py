@@ -35,7 +35,7 @@ def load(path: str) -> Config:
     except OSError as error:
         raise ConfigError(f"--config={path}: allowed is a readable Python file ({error.strerror})") from error
     except Exception as error:  # whatever a user's file raises is the file's
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ConfigError(f"--config={path}: allowed is a Python file that runs ({reason})") from error
     config = names.get("config")
     if not isinstance(config, Config):

@@ -132,7 +132,7 @@ def _check_json_target(target: str | None) -> None:
         raise ConfigError(f"--json={target}: allowed is the path of a file that can be written, or - for standard "
                           f"output ({error.strerror})") from None  # fmt: skip
     if not existed:
-        path.unlink()
+        path.unlink(missing_ok=True)  # several processes may look at once
 
 
 def main(_: list[str]) -> None:

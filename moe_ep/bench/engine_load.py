@@ -18,7 +18,7 @@ from absl import app, flags
 from jax.sharding import Mesh
 
 from moe_ep.bench import command, report
-from moe_ep.config import AttentionConfig, Config, ModelConfig, MoEConfig, cpu8_tiny
+from moe_ep.config import Config, cpu8_tiny
 from moe_ep.cost.micro_batch import MOST_TOKENS
 from moe_ep.mesh import make_mesh
 from moe_ep.model.transformer import for_platform
@@ -27,6 +27,7 @@ from moe_ep.serve import Engine, EngineSize, EngineStatistics, Request
 from moe_ep.serve.inputs import ChunkInputs, DecodeInputs
 from moe_ep.serve.sampler import greedy
 from moe_ep.serve.scheduler import no_chunk, no_decode
+from moe_ep.simulate.measured import ENGINE_MODEL
 
 _FIELDS = {
     name: flags.DEFINE_integer(name, default, help_text, lower_bound=1)
@@ -39,17 +40,6 @@ _FIELDS = {
 }
 _REPEATS = 3
 _GOAL = 0.05
-
-# Of one GPU: 4.7 G parameters, DeepSeek-V3's latent.
-_MODEL = ModelConfig(
-    layers=8,
-    dense_layers=1,
-    width=4096,
-    hidden=8192,
-    attention=AttentionConfig(heads=128, nope_dim=56, rope_dim=64, value_dim=56, latent_dim=512),
-    moe=MoEConfig(num_experts=8, top_k=2, hidden=8192),
-)
-
 
 def make_size(prompt: int, new_tokens: int, slots: int) -> EngineSize:
     """Returns an engine that holds `slots` such sequences on a device."""
@@ -143,7 +133,7 @@ def as_markdown(result: dict) -> str:
 def main(argv: list[str]) -> None:
     result = command.start(argv, "moe_ep.bench.engine_load")
     load = {name: flag.value for name, flag in _FIELDS.items()}
-    config = Config(model=_MODEL) if command.SIZES.value == "full" else cpu8_tiny()
+    config = Config(model=ENGINE_MODEL) if command.SIZES.value == "full" else cpu8_tiny()
     mesh = make_mesh(config.mesh, config.cluster, config.model.moe.num_experts)
     random = np.random.default_rng(result["seed"])
     requests = [
