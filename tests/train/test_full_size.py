@@ -10,7 +10,7 @@ from moe_ep import override
 from moe_ep.config import parameters_by_part
 from moe_ep.mesh import TOKENS, expert_degree, make_mesh
 from moe_ep.train.state import abstract_state
-from moe_ep.train.step import make_evaluate
+from moe_ep.train.step import make_evaluate, make_step
 
 
 def test_seed_e128_compiles_on_128_emulated_devices():
@@ -26,3 +26,6 @@ def test_seed_e128_compiles_on_128_emulated_devices():
     text = make_evaluate(config, mesh).lower(state.parameters, tokens, state.bias).compile().as_text()
     # The MoE layers are one loop body: its dispatch and its combine.
     assert text.count(" all-to-all(") == 2
+    # Training keeps what crossed the network, so the backward pass adds one of each and sends nothing again.
+    text = make_step(config, mesh).lower(state, tokens).compile().as_text()
+    assert text.count(" all-to-all(") == 4
