@@ -68,6 +68,7 @@ def measure(config: Config, mesh: Mesh, size: EngineSize, requests: list[Request
         "decode": _seconds_of(engine.run_inputs, _full_decode(size, mesh.size, requests), done.decode_steps),
     }
     wall, back_to_back = float(np.median(seconds[1:])), sum(steps.values())
+    newest = engine.run_inputs(_full_decode(size, mesh.size, requests)).newest
     return {
         "seconds": seconds[1:],
         "steps": {"chunk": done.chunk_steps, "decode": done.decode_steps, "run_again": done.steps_run_again},
@@ -78,6 +79,7 @@ def measure(config: Config, mesh: Mesh, size: EngineSize, requests: list[Request
         "generated_tokens_per_s": done.tokens_generated / wall,
         "ms_per_decode_step": steps["decode"] / done.decode_steps * 1e3,
         "ms_per_chunk_step": steps["chunk"] / done.chunk_steps * 1e3,
+        "distinct_tokens": len(np.unique(newest)),  # of a decode step: equal ones in equal contexts go to equal experts
     }
 
 
