@@ -12,7 +12,7 @@ from moe_ep.config import ClusterConfig, Config, DispatchConfig, MeshConfig, Mod
 config = Config(
     model=ModelConfig(moe=MoEConfig(num_experts=128)),
     mesh=MeshConfig(data=1, expert=128),
-    dispatch=DispatchConfig(transport="ragged", overlap="staggered"),
+    dispatch=DispatchConfig(transport="ragged", overlap="auto"),
     cluster=ClusterConfig(gpu="paper_h100", gpus_per_node=8, nics_per_node=8),
     train=TrainConfig(batch_sequences=128, sequence=1024),
 )

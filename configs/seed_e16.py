@@ -12,7 +12,7 @@ from moe_ep.config import ClusterConfig, Config, DispatchConfig, MeshConfig, Mod
 config = Config(
     model=ModelConfig(moe=MoEConfig(num_experts=16)),
     mesh=MeshConfig(data=1, expert=16),
-    dispatch=DispatchConfig(overlap="staggered"),
+    dispatch=DispatchConfig(overlap="auto"),
     cluster=ClusterConfig(gpu="paper_h100", gpus_per_node=8, nics_per_node=8),
     train=TrainConfig(batch_sequences=16, sequence=1024),
 )

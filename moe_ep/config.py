@@ -102,16 +102,34 @@ class MeshConfig:
     expert: int | None = None
 
 
+# Tokens on a device from which half batches pay: below it products wait for their weights, which two halves
+# read twice (predicted on five GPUs, results/LOG.md).
+STAGGERED_FROM_TOKENS = 256
+
+
 @dataclasses.dataclass(frozen=True)
 class DispatchConfig:
     """How rows travel between tokens and experts."""
 
     transport: Literal["all_to_all", "all_gather", "ragged"] = "all_to_all"
-    overlap: Literal["none", "chunks", "staggered"] = "chunks"
+    # auto: staggered where a program's batch is large enough to gain by it, else none (`overlap_for`).
+    overlap: Literal["auto", "none", "chunks", "staggered"] = "chunks"
     chunks: int = 1
     waves: int = 1  # the waves the first compiled program has; it grows when routing needs it
     margin_sigmas: float = 5.0  # a buffer holds mean + margin sqrt(mean) + 1 rows
     drop: bool = False  # True: rows beyond the program's waves are dropped and counted
+
+    def overlap_for(self, tokens: float, sequences: float) -> str:
+        """Returns the overlap of a program, "auto" resolved.
+
+        Args:
+          tokens: that each device computes in a micro-batch.
+          sequences: that they belong to; half of them make a half batch.
+        """
+        if self.overlap != "auto":
+            return self.overlap
+        halves = sequences > 0 and sequences % 2 == 0
+        return "staggered" if halves and tokens >= STAGGERED_FROM_TOKENS else "none"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from moe_ep import override
 from moe_ep.config import (
     Config,
     ConfigError,
+    DispatchConfig,
     active_parameters,
     check,
     cpu8_tiny,
@@ -100,3 +101,12 @@ def test_numbers_of_a_config_must_be_finite_and_positive():
         check(config)
     with pytest.raises(ConfigError, match="finite"):
         check(override.apply(Config(), [f"train.router_z_loss={np.inf}"]))
+
+
+def test_overlap_auto_staggers_what_is_large_enough_and_splits_in_two():
+    auto = DispatchConfig(overlap="auto")
+    assert auto.overlap_for(tokens=2048, sequences=2) == "staggered"
+    assert auto.overlap_for(tokens=8, sequences=8) == "none"  # decode: half batches would read all weights twice
+    assert auto.overlap_for(tokens=512, sequences=512) == "staggered"
+    assert auto.overlap_for(tokens=3072, sequences=3) == auto.overlap_for(tokens=1024, sequences=0) == "none"
+    assert DispatchConfig(overlap="staggered").overlap_for(tokens=8, sequences=8) == "staggered"

@@ -44,6 +44,13 @@ def program_of(config: Config, mesh: Mesh) -> Program:
     return make_program(config, mesh, aot.program, sequences=aot.tokens_per_gpu // aot.context, context=aot.context)
 
 
+def overlap_of(config: Config) -> str:
+    """Returns the overlap of the program that `config.aot` names, "auto" resolved."""
+    aot = config.aot
+    sequences = aot.tokens_per_gpu // aot.context
+    return config.dispatch.overlap_for(sequences if aot.program == "decode" else aot.tokens_per_gpu, sequences)
+
+
 def compile_program(config: Config) -> Compiled:
     """Compiles the config's program for its cluster and reads memory, collectives and schedule.
 
@@ -74,5 +81,5 @@ def compile_program(config: Config) -> Compiled:
 def _expert_rows(config: Config, tokens: int) -> float:
     """Returns the rows with tokens in one call of the experts, under even routing: of one slice of one half batch."""
     dispatch = config.dispatch
-    calls = dispatch.waves * (2 if dispatch.overlap == "staggered" else dispatch.chunks)
+    calls = dispatch.waves * (2 if overlap_of(config) == "staggered" else dispatch.chunks)
     return tokens * config.model.moe.top_k / calls

@@ -5,7 +5,7 @@ import json
 import pathlib
 
 from moe_ep.aot.compare import compare
-from moe_ep.aot.compile import Compiled, compile_program
+from moe_ep.aot.compile import Compiled, compile_program, overlap_of
 from moe_ep.aot.draw import draw_layer, write_trace
 from moe_ep.aot.report import aot_table, comparison_table, coverage_table, limits_line
 from moe_ep.aot.search import search_limits
@@ -42,7 +42,7 @@ def summarize(config: Config, compiled: Compiled) -> dict:
         "gpus": compiled.gpus,
         "program": config.aot.program,
         "cluster": dataclasses.asdict(config.cluster),
-        "overlap": config.dispatch.overlap,
+        "overlap": overlap_of(config),
         "transport": config.dispatch.transport,
         "tokens_per_gpu": config.aot.tokens_per_gpu,
         "context": config.aot.context,
@@ -91,7 +91,7 @@ def write_files(config: Config, compiled: Compiled, workdir: pathlib.Path) -> di
     write_trace(compiled.timeline, paths["trace"])
     title = (
         f"{config.aot.program}, {compiled.gpus} x {config.cluster.gpu}, {config.dispatch.transport}, "
-        f"overlap {config.dispatch.overlap}: {compiled.timeline.hidden_share():.0%} of the exchange hidden (predicted)"
+        f"overlap {overlap_of(config)}: {compiled.timeline.hidden_share():.0%} of the exchange hidden (predicted)"
     )
     draw_layer(compiled.timeline, title, paths["picture"])
     return {kind: str(path) for kind, path in paths.items()}

@@ -13,10 +13,11 @@ def aot_table(config: Config, result: dict) -> str:
 
 def _headline(config: Config, result: dict) -> str:
     cluster = config.cluster
+    chosen = ", chosen by dispatch.overlap=auto" if config.dispatch.overlap == "auto" else ""
     return (
         f"{result['program']}: {config.aot.tokens_per_gpu} tokens per GPU, context {config.aot.context}, compiled for "
         f"{result['gpus']} x {cluster.gpu} in {result['compile_s']:.1f} s; "
-        f"transport {config.dispatch.transport}, overlap {config.dispatch.overlap}"
+        f"transport {config.dispatch.transport}, overlap {result['overlap']}{chosen}"
     )
 
 

@@ -72,7 +72,7 @@ def search_limits(config: Config, measure: Measure, *, most_sequences: int = 409
     """
     aot = config.aot
     sequences = max(1, aot.tokens_per_gpu // aot.context)
-    step = 2 if config.dispatch.overlap == "staggered" else 1  # which splits a batch in two
+    step = 2 if config.dispatch.overlap in ("auto", "staggered") else 1  # staggered splits a batch in two
     compiled: list[dict] = []
     most = _search(config, measure, lambda n: (n * step, aot.context), most_sequences // step, compiled)
     longest = _search(config, measure, lambda n: (sequences, n * _CONTEXT_STEP), most_context // _CONTEXT_STEP, compiled)

@@ -40,8 +40,9 @@ def exchange_bytes(running: Running, phase: str, counted: Counted) -> float:
     model, dispatch, layout = running.config.model, running.config.dispatch, running.contender.layout
     if layout.ep == 1:
         return 0.0
-    halves = 2 if dispatch.overlap == "staggered" else 1
-    tokens = running.contender.sequences * (1 if phase == "decode" else running.context)
+    sequences = running.contender.sequences
+    tokens = sequences * (1 if phase == "decode" else running.context)
+    halves = 2 if dispatch.overlap_for(tokens, sequences) == "staggered" else 1
     exchange = make_exchange(
         dispatch, experts=layout.experts, peers=layout.ep, tokens=tokens // halves, top_k=model.moe.top_k
     ).with_waves(running.waves)

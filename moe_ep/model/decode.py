@@ -52,7 +52,8 @@ def prefill_blocks(
     dense_rows = None
     if dense is not None:
         x, dense_rows = jax.lax.scan(dense_step, x, dense)
-    x, rows, reports = _PREFILLS[dispatch.overlap](x, positions, moe, bias, dispatch, replay)
+    prefill = _PREFILLS[dispatch.overlap_for(positions.size, positions.shape[0])]
+    x, rows, reports = prefill(x, positions, moe, bias, dispatch, replay)
     return x, LatentCache(dense_rows, rows), reports
 
 
@@ -157,7 +158,8 @@ def decode_blocks(
         return half.decode(x, rows, pages, lengths, active)
 
     x, dense_rows = _scan_dense(attend, x, dense, cache.dense, pages)
-    if dispatch.overlap == "staggered":
+    sequences = x.shape[0]
+    if dispatch.overlap_for(sequences, sequences) == "staggered":
         x, rows, reports = _decode_halves(x, moe, cache.moe, pages, lengths, bias, dispatch, replay)
     else:
         x, rows, reports = _scan_moe(attend, x, moe, cache.moe, pages, active, bias, dispatch, replay)

@@ -65,7 +65,7 @@ class Transformer(nnx.Module):
 
         if self.dense is not None:
             x, _ = over_layers(dense_step, x, self.dense, self.config.unroll)
-        scan_blocks = _OVERLAPS[dispatch.overlap]
+        scan_blocks = _OVERLAPS[dispatch.overlap_for(positions.size, positions.shape[0])]
         x, reports = scan_blocks(x, self.moe, bias, replay, remember, dispatch, self.config.unroll)
         return self.norm(x), reports
 

@@ -50,7 +50,7 @@ class Programs(NamedTuple):
 
 
 def serving_dispatch(dispatch: DispatchConfig) -> DispatchConfig:
-    """Returns the dispatch that serving uses in its place: nothing is dropped, and batches are not staggered."""
+    """Returns the dispatch that serving uses in its place: nothing is dropped, and no batch is staggered."""
     overlap = "chunks" if dispatch.overlap == "chunks" else "none"
     return dataclasses.replace(dispatch, overlap=overlap, drop=False)
 

@@ -36,27 +36,25 @@ def scenario_of(config: Config) -> Scenario:
     simulate, model = config.simulate, config.model
     expert = config.mesh.expert or model.moe.num_experts
     gpus = (config.mesh.data or 1) * expert * simulate.pp
-    overlap = config.dispatch.overlap if simulate.overlap == "dispatch" else simulate.overlap
-    chunks = config.dispatch.chunks
-    layout = Layout(
-        gpus=gpus,
-        ep=expert,
-        tp=simulate.tp,
-        pp=simulate.pp,
-        overlap="none" if overlap == "chunks" and chunks == 1 else overlap,
-        chunks=chunks,
-        transport=config.dispatch.transport if simulate.transport == "dispatch" else simulate.transport,
-        margin_sigmas=config.dispatch.margin_sigmas,
-        slots=simulate.slots,
-        placement=simulate.placement,
-        split_attention_weights=model.attention.weights == "split",
-    )
     workload = Workload(
         phase=simulate.phase,
         context=simulate.context,
         tokens_per_gpu=simulate.tokens_per_gpu or 0,
         sequences_per_gpu=simulate.sequences_per_gpu or 0,
         micro_batches=simulate.micro_batches,
+    )
+    layout = Layout(
+        gpus=gpus,
+        ep=expert,
+        tp=simulate.tp,
+        pp=simulate.pp,
+        overlap=_overlap(config, workload),
+        chunks=config.dispatch.chunks,
+        transport=config.dispatch.transport if simulate.transport == "dispatch" else simulate.transport,
+        margin_sigmas=config.dispatch.margin_sigmas,
+        slots=simulate.slots,
+        placement=simulate.placement,
+        split_attention_weights=model.attention.weights == "split",
     )
     scenario = Scenario(
         model=model,
@@ -68,7 +66,21 @@ def scenario_of(config: Config) -> Scenario:
         remat=model.remat,
         ignore_memory=simulate.ignore_memory,
     )
-    return check(scenario if workload.tokens else with_most_that_fits(scenario))
+    if not workload.tokens:
+        scenario = with_most_that_fits(scenario)
+        layout = dataclasses.replace(layout, overlap=_overlap(config, scenario.workload))
+        scenario = dataclasses.replace(scenario, layout=layout)
+    return check(scenario)
+
+
+def _overlap(config: Config, workload: Workload) -> str:
+    """Returns the overlap that is asked for, or else the one that the program of this batch has."""
+    dispatch, overlap = config.dispatch, config.simulate.overlap
+    if overlap == "dispatch":
+        decode = workload.phase == "decode"
+        sequences = workload.sequences_per_gpu if decode else workload.tokens_per_gpu // workload.context
+        overlap = dispatch.overlap_for(workload.tokens, sequences)
+    return "none" if overlap == "chunks" and dispatch.chunks == 1 else overlap
 
 
 def with_batch(scenario: Scenario, size: Number) -> Scenario:

@@ -95,6 +95,7 @@ def test_decode_holds_the_latents_of_its_sequences():
     result = summarize(config, compile_program(config))
     assert result["bytes_per_gpu"]["by_part"]["kv_cache"] == 61 * 8192 * 3600 * 2
     assert result["fits"]
+    assert result["overlap"] == "none"  # of "auto": half batches would read all weights twice
     # Eight sequences' rows, two a token, out and back: the exact transport sends no more.
     sent = {c["bytes_per_gpu"] for c in result["collectives"] if c["op"] == "ragged_all_to_all"}
-    assert sent == {8 / 2 * 2 * 7168 * 2 * 15 / 16}
+    assert sent == {8 * 2 * 7168 * 2 * 15 / 16}

@@ -1,5 +1,6 @@
 """The formula against the walk of the compiler's schedule, and against its memory, on recorded compilations of whole programs."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -29,6 +30,18 @@ def test_formula_and_compiled_schedule_agree(name):
     assert result["walk_s"] == pytest.approx(result["formula_s"], rel=WIDER.get(name, 0.06)), result
     if name.startswith("prefill") and "single" not in name:
         assert result["walk_hidden_share"] == pytest.approx(result["formula_hidden_share"], abs=0.03)
+
+
+@pytest.mark.parametrize("experts", [16, 128])
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_the_presets_choose_the_faster_schedule(program, experts):
+    walked = {}
+    for overlap in ("none", "staggered"):
+        name = f"{program}_{experts}_{overlap}"
+        walked[overlap] = compare(config_of(name), schedule.load(str(DATA / f"{name}.json")))["walk_s"]
+    preset = load(str(CONFIGS / f"seed_e{experts}.py")).dispatch
+    chosen = scenario_of_program(dataclasses.replace(config_of(name), dispatch=preset)).layout.overlap
+    assert walked[chosen] == min(walked.values())
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
