@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up: a module or package imports only from rows above its own, and from
 # itself. Those of one row do not know each other.
 LAYERS = (
-    ("hardware", "shapes"),
+    ("hardware", "shapes", "results", "progress"),
     ("config",),
     ("override",),
     ("placement",),

@@ -19,12 +19,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import BFloat16
 
 from moe_ep.bench import report
-from moe_ep.bench.sweep import Finished, Progress, Rows, make_key
+from moe_ep.bench.sweep import make_key
 from moe_ep.bench.timing import Contender, measure_in_turns
 from moe_ep.config import Config, DispatchConfig, MeshConfig, require
 from moe_ep.dispatch import TRANSPORTS, Exchange, make_exchange
 from moe_ep.mesh import ALL_AXES, EXPERT, TOKENS, make_mesh, some_devices, vary
 from moe_ep.metrics import human_bytes
+from moe_ep.progress import Finished, Progress, Rows
 
 _WIDEST_ROW = 1024
 _SAMPLES = 7

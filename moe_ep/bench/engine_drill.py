@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from moe_ep import results
 from moe_ep.bench import command, report
 from moe_ep.config import ClusterConfig, Config, DispatchConfig, MeshConfig, ModelConfig, cpu8_tiny
 from moe_ep.mesh import TOKENS, make_mesh, shardings, some_devices, vary
@@ -304,7 +305,7 @@ def main(argv: list[str]) -> None:
     result["rows"] = [dataclasses.asdict(row) for row in rows]
     markdown = as_markdown(result)
     print(markdown)
-    for path in report.write(command.OUT.value, "engine_drill", result, markdown):
+    for path in results.write(command.OUT.value, "engine_drill", result, markdown):
         print(f"wrote {path}", file=sys.stderr)
     sys.exit(0 if all(row.shown for row in rows) else 1)
 

@@ -17,6 +17,7 @@ import numpy as np
 from absl import app, flags
 from jax.sharding import Mesh
 
+from moe_ep import results
 from moe_ep.bench import command, report
 from moe_ep.config import Config, cpu8_tiny
 from moe_ep.cost.micro_batch import MOST_TOKENS
@@ -146,7 +147,7 @@ def main(argv: list[str]) -> None:
     result |= {"load": load, "devices": mesh.size} | measure(config, mesh, size, requests)
     markdown = as_markdown(result)
     print(markdown)
-    for path in report.write(command.OUT.value, report.file_stem("engine_load"), result, markdown):
+    for path in results.write(command.OUT.value, report.file_stem("engine_load"), result, markdown):
         print(f"wrote {path}", file=sys.stderr)
 
 

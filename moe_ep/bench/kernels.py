@@ -17,6 +17,7 @@ import time
 from absl import app, flags
 import jax
 
+from moe_ep import results
 from moe_ep.bench import command, kernel_cases, power, report
 from moe_ep.bench.correctness import poisoned_call, relative_error
 from moe_ep.bench.kernel_cases import Case, Goal
@@ -161,7 +162,7 @@ def main(argv):
     result["rows"] = []
     for record in measure_rows(command.SIZES.value, _ROWS.value, result["seed"], *sampling, bandwidth):
         result["rows"].append(record)  # Written after every row, so that a run cut off leaves what it measured.
-        paths = report.write(command.OUT.value, report.file_stem("kernels"), result, as_markdown(result))
+        paths = results.write(command.OUT.value, report.file_stem("kernels"), result, as_markdown(result))
     print(f"wrote {', '.join(map(str, paths))}" if result["rows"] else "no such rows", file=sys.stderr)
     if _JSON.value == "-":
         print(json.dumps(result, indent=1))

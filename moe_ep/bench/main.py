@@ -15,10 +15,11 @@ from moe_ep.bench.draw import draw
 from moe_ep.bench.grid import make_cells
 from moe_ep.bench.predicted import predict_full_size
 from moe_ep.bench.routings import check_routing
-from moe_ep.bench.sweep import Finished, Progress, sweep
+from moe_ep.bench.sweep import sweep
 from moe_ep.bench.tables import as_markdown
 from moe_ep.config import Config, ConfigError
 from moe_ep.mesh import is_first_process
+from moe_ep.progress import Finished, Progress
 
 
 def bench(config: Config, workdir: Path) -> dict:
@@ -39,7 +40,7 @@ def bench(config: Config, workdir: Path) -> dict:
     finished = _open(workdir, first)
     emulated = jax.default_backend() == "cpu"
     ceilings = {} if emulated or not cells else measure_ceilings()
-    progress = Progress(len(cells) * len(config.bench.routing) + len(messages), shown=first)
+    progress = Progress("bench", len(cells) * len(config.bench.routing) + len(messages), shown=first)
     try:
         rows = sweep(config, cells, finished, progress, ceilings)
         bandwidth = measure_bandwidth(config, messages, finished, progress)

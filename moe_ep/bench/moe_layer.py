@@ -17,6 +17,7 @@ from absl import app
 import jax
 import jax.numpy as jnp
 
+from moe_ep import results
 from moe_ep.bench import command, kernel_cases, report, torch_moe_layer
 from moe_ep.bench.correctness import relative_error
 from moe_ep.bench.timing import Contender, Times, measure_in_turns
@@ -196,7 +197,7 @@ def main(argv):
     result |= run(SIZES[command.SIZES.value], result["seed"], command.SAMPLES.value, command.SAMPLE_SECONDS.value)
     result["verdict"] = judge(result)
     print(markdown := as_markdown(result))
-    for path in report.write(command.OUT.value, report.file_stem("moe_layer"), result, markdown):
+    for path in results.write(command.OUT.value, report.file_stem("moe_layer"), result, markdown):
         print(f"wrote {path}", file=sys.stderr)
 
 

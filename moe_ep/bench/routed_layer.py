@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from moe_ep import results
 from moe_ep.bench import command, kernel_cases, report
 from moe_ep.bench.timing import measure_in_turns
 from moe_ep.config import DispatchConfig
@@ -127,7 +128,7 @@ def main(argv: list[str]) -> None:
     result |= measure(sizes, seed=0, rounds=_ROUNDS.value)
     markdown = as_markdown(result)
     print(markdown)
-    for path in report.write(command.OUT.value, report.file_stem("routed_layer"), result, markdown):
+    for path in results.write(command.OUT.value, report.file_stem("routed_layer"), result, markdown):
         print(f"wrote {path}", file=sys.stderr)
 
 

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import sys
-from pathlib import Path
 
 import jax
 
@@ -15,40 +13,11 @@ from moe_ep.bench.steps import time_in_turns
 from moe_ep.bench.trace import profile_steps
 from moe_ep.config import Config
 from moe_ep.model.transformer import Transformer
-
-Rows = list[dict]
-
-
-class Finished:
-    """Rows of the work directory, a line of JSON for what was measured together.
-
-    Args:
-      path: of the lines; a killed run may leave half a line at the end.
-      writes: whether this process adds lines.
-    """
-
-    def __init__(self, path: Path, writes: bool):
-        text = path.read_bytes() if path.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1]
-        self._rows: dict[str, Rows] = {entry["key"]: entry["rows"] for entry in map(json.loads, whole.splitlines())}
-        self._file = None
-        if writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
-            self._file.truncate(len(whole))
-
-    def get(self, key: str) -> Rows | None:
-        return self._rows.get(key)
-
-    def add(self, key: str, rows: Rows) -> None:
-        self._rows[key] = rows
-        if self._file is not None:
-            self._file.write(json.dumps({"key": key, "rows": rows}) + "\n")
-            self._file.flush()
+from moe_ep.progress import Finished, Progress, Rows
 
 
 def sweep(
-    config: Config, cells: list[Cell], finished: Finished, progress: "Progress", ceilings: dict[str, float]
+    config: Config, cells: list[Cell], finished: Finished, progress: Progress, ceilings: dict[str, float]
 ) -> Rows:
     """Returns the rows of all cells and routings, measuring those that are not finished yet."""
     rows: Rows = []
@@ -69,7 +38,7 @@ def _measure(
     cell: Cell,
     routings: list[str],
     finished: Finished,
-    progress: "Progress",
+    progress: Progress,
     ceilings: dict[str, float],
     served: dict[Layout, Transformer],
 ) -> None:
@@ -111,35 +80,3 @@ def make_key(*inputs: object) -> str:
     """Returns what tells a measurement from every other: its inputs, the devices and jax."""
     parts = [*inputs, jax.local_devices()[0].device_kind, jax.process_count(), jax.__version__]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-
-
-class Progress:
-    """A bar over measurements on a terminal, a line each elsewhere; both on standard error."""
-
-    def __init__(self, total: int, shown: bool = True):
-        self._total, self._done, self._shown = total, 0, shown
-        self._bar = _open_bar(total) if shown and sys.stderr.isatty() else None
-
-    def say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.set_description_str(text)
-        elif self._shown:
-            print(f"bench {self._done}/{self._total}  {text}", file=sys.stderr, flush=True)
-
-    def done(self, text: str) -> None:
-        self._done += 1
-        if self._bar is not None:
-            self._bar.update()
-        self.say(text)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _open_bar(total: int):
-    try:
-        from tqdm import tqdm
-    except ImportError:  # a GPU machine may lack it; lines instead
-        return None
-    return tqdm(total=total, unit="row set", dynamic_ncols=True)

@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from jax.sharding import Mesh
 
-from moe_ep import metrics, override
+from moe_ep import metrics, override, results
 from moe_ep.bench import command, power, profile, report
 from moe_ep.config import Config, ConfigError, check
 from moe_ep.data import make_dataset
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
         first = not result["runs"]
         result["runs"][name] = measure(changed, _STEPS.value, _PROFILED.value if first else 0)
         markdown = as_markdown(result)
-        for path in report.write(command.OUT.value, report.file_stem(f"train_{stem}"), result, markdown):
+        for path in results.write(command.OUT.value, report.file_stem(f"train_{stem}"), result, markdown):
             print(f"wrote {path} after {name}", file=sys.stderr, flush=True)
     print(markdown)
 

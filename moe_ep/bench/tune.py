@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_ep import results
 from moe_ep.bench import report
 from moe_ep.bench.timing import Contender, Times, measure_in_turns
 from moe_ep.kernels import device
@@ -191,7 +192,7 @@ def main(argv: list[str]):
     entries = tune_selected(options, f"{provenance['date'][:10]} {provenance['commit']}")
     table.write(options.table, device.device_kind(), entries)
     result = provenance | {"kind": "measured", "entries": [dataclasses.asdict(entry) for entry in entries]}
-    for path in report.write(options.out, report.file_stem("tune"), result, as_markdown(result)):
+    for path in results.write(options.out, report.file_stem("tune"), result, as_markdown(result)):
         print(f"wrote {path}")
 
 

@@ -13,13 +13,13 @@ from moe_ep.bench.grid import Cell, Contender, Layout, make_cells
 from moe_ep.bench.routings import draw_choices
 from moe_ep.bench.running import Decode
 from moe_ep.bench.steps import summarize, time_steps
-from moe_ep.bench.sweep import Finished, Progress
 from moe_ep.bench.tables import over_best_baseline
 from moe_ep.bench.trace import Event
 from moe_ep.bench.trace import summarize as summarize_trace
 from moe_ep.bench.work import exchange_bytes, gradient_bytes
 from moe_ep.config import BenchConfig, ClusterConfig, ConfigError, MeshConfig
 from moe_ep.mesh import make_mesh
+from moe_ep.progress import Finished, Progress
 from tests.train.small import make_config
 
 SMALL = BenchConfig(
@@ -180,7 +180,7 @@ def test_collectives_deliver_what_they_should(tmp_path):
     (message,) = make_messages(config, 8)
     assert message.bytes == 2**10
     finished = Finished(tmp_path / "rows.jsonl", writes=True)
-    rows = measure_bandwidth(config, [message], finished, Progress(1, shown=False))
+    rows = measure_bandwidth(config, [message], finished, Progress("bench", 1, shown=False))
     assert [row["collective"] for row in rows] == ["all_to_all", "all_gather", "psum_scatter", "ragged_all_to_all"]
     for row in rows:
         assert row["correct"] and row["kind"] == "emulated"
