@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 
 
 def provenance(command: str, commit: str | None = None) -> dict:
@@ -27,6 +28,12 @@ def _commit() -> str:
     command = ["git", "rev-parse", "--short=12", "HEAD"]
     git = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return git.stdout.strip() or "unknown"
+
+
+def command_line(module: str) -> str:
+    """Returns the command as it is recorded: where its files go is of this machine, not of the result."""
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--out", "--json", "--workdir"))]
+    return " ".join([f"python -m {module}", *given])
 
 
 def versions_text(versions: dict[str, str]) -> str:

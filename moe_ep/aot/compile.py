@@ -18,7 +18,7 @@ from moe_ep.programs import Program, make_program
 
 # Without a GPU autotuning measures nothing: it compiles candidates and takes the first, half of a training
 # step's compilation.
-_COMPILER_OPTIONS = {**COMPILER_OPTIONS, "xla_gpu_autotune_level": 0}
+ABSENT_OPTIONS = {**COMPILER_OPTIONS, "xla_gpu_autotune_level": 0}
 
 
 class Compiled(NamedTuple):
@@ -51,19 +51,30 @@ def overlap_of(config: Config) -> str:
     return config.dispatch.overlap_for(sequences if aot.program == "decode" else aot.tokens_per_gpu, sequences)
 
 
+def gpus_of(config: Config) -> int:
+    """Returns the GPUs that a config's mesh asks for; one expert each where it does not say."""
+    return (config.mesh.data or 1) * (config.mesh.expert or config.model.moe.num_experts)
+
+
+def absent_mesh(config: Config) -> Mesh:
+    """Returns the config's mesh on GPUs that can be compiled for but not run on.
+
+    Raises:
+      ConfigError: a wrong layout, or jax without its CUDA plugin.
+    """
+    devices = compile_only_devices(config.cluster, gpus_of(config))
+    return make_mesh(config.mesh, config.cluster, config.model.moe.num_experts, devices)
+
+
 def compile_program(config: Config) -> Compiled:
     """Compiles the config's program for its cluster and reads memory, collectives and schedule.
 
     Raises:
       ConfigError: a wrong layout, or jax without its CUDA plugin.
     """
-    experts = config.model.moe.num_experts
-    gpus = (config.mesh.data or 1) * (config.mesh.expert or experts)
-    mesh = make_mesh(config.mesh, config.cluster, experts, compile_only_devices(config.cluster, gpus))
-    program = program_of(config, mesh)
+    gpus, program = gpus_of(config), program_of(config, absent_mesh(config))
     begin = time.perf_counter()
-    lowered = program.function.lower(*program.arguments)
-    compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS)
+    compiled = program.function.lower(*program.arguments).compile(compiler_options=ABSENT_OPTIONS)
     compile_s = time.perf_counter() - begin
     module = parse(compiled.as_text())
     memory = read_memory(compiled, module, program.arguments, config.cluster.device.memory_bytes)

@@ -7,6 +7,7 @@ import sys
 from absl import app, flags
 import jax
 
+from moe_ep import results
 from moe_ep.bench import report
 
 SIZES = flags.DEFINE_enum("sizes", "full", ["full", "tiny"], "The experiment's sizes, or ones for any machine.")
@@ -28,12 +29,6 @@ def start(argv: list[str], module: str) -> dict:
         sys.exit(2)
     return {
         "kind": "measured" if SIZES.value == "full" else "tiny sizes, no measurement:",
-        **report.provenance(command_line(module), COMMIT.value),
+        **report.provenance(results.command_line(module), COMMIT.value),
         "seed": secrets.randbelow(2**31) if SEED.value is None else SEED.value,
     }
-
-
-def command_line(module: str) -> str:
-    """Returns the command as it is recorded: where its files go is of this machine, not of the measurement."""
-    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--out", "--json"))]
-    return " ".join([f"python -m {module}", *given])

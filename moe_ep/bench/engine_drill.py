@@ -295,7 +295,7 @@ def main(argv: list[str]) -> None:
     seed = 0 if command.SEED.value is None else command.SEED.value
     result = {
         "kind": "measured",
-        **report.provenance(command.command_line("moe_ep.bench.engine_drill"), command.COMMIT.value),
+        **report.provenance(results.command_line("moe_ep.bench.engine_drill"), command.COMMIT.value),
         "devices": f"{jax.device_count()} x {jax.default_backend()}, emulated where they are CPUs",
         "seed": seed,
     }

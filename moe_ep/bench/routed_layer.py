@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"what is {argv[1]!r}? Only flags are taken")
     sizes = Sizes(**{name: flag.value for name, flag in _SIZES.items()})
     result = {"kind": "measured", "sizes": dataclasses.asdict(sizes)}
-    result |= report.provenance(command.command_line("moe_ep.bench.routed_layer"), None)
+    result |= report.provenance(results.command_line("moe_ep.bench.routed_layer"), None)
     result |= measure(sizes, seed=0, rounds=_ROUNDS.value)
     markdown = as_markdown(result)
     print(markdown)

@@ -1,0 +1,220 @@
+"""The compile-only GPU against the real one: bytes of the same small programs compiled for both, and a run's peak.
+
+    python -m moe_ep.aot.check --device=absent --set cluster.gpu=h200      anywhere with jax[cuda12], no GPU
+    python -m moe_ep.aot.check --device=real                               on the GPU
+
+Each writes its side of <out>/aot_<gpu>_check.json; with both there <out>/aot_<gpu>_check.md compares
+them. Both compile under the same options; the real GPU also as a run does, tuned, and runs the
+training step. Where <out>/train_*.json records a run of the whole config on that GPU, the absent side
+compiles its training step too, for the peak.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.sharding import Mesh
+
+from moe_ep import override, results
+from moe_ep.aot.compile import ABSENT_OPTIONS, absent_mesh, program_of
+from moe_ep.config import Config, ConfigError, check
+from moe_ep.hardware import GPUS, gpu_of_device_kind
+from moe_ep.kernels import device
+from moe_ep.mesh import COMPILER_OPTIONS, make_mesh, peak_bytes, place_batch
+from moe_ep.train.state import init_state
+
+_DEVICE = flags.DEFINE_enum("device", "absent", ["absent", "real"], "Which of the two to compile for.")
+_CONFIG = flags.DEFINE_string("config", "configs/single_gpu.py", "The config file.")
+_SET = flags.DEFINE_multi_string("set", [], "name=value, as in moe_ep.run.")
+_OUT = flags.DEFINE_string("out", "results", "The folder of the result files.")
+
+PROGRAMS = ("prefill", "decode", "train")
+# What makes the config small enough to be compiled three times within a minute.
+SMALL = (
+    "model.width=2048", "model.hidden=4096", "model.moe.hidden=4096", "model.attention.heads=32",
+    "model.vocabulary=8192", "aot.tokens_per_gpu=4096", "aot.context=1024",
+)  # fmt: skip
+_STEPS = 3
+GOALS = {"arguments": 0.0, "outputs": 0.0, "temporaries": 0.02, "peak": 0.05}
+
+Sizes = dict[str, int]
+
+
+def absent_side(config: Config, recorded: Config | None) -> dict:
+    """Returns the bytes of the small programs, and of a recorded run's training step, compiled for an absent GPU."""
+    programs = {name: _sizes(_compile(_program(config, name), absent_mesh, ABSENT_OPTIONS)) for name in PROGRAMS}
+    return {"programs": programs, "recorded_train": recorded and _sizes(_compile(recorded, absent_mesh, ABSENT_OPTIONS))}
+
+
+def real_side(config: Config) -> dict:
+    """Returns the bytes of the small programs compiled for the GPU that is here, and the peak of its training steps."""
+    same, tuned = {}, {}
+    for name in PROGRAMS:
+        same[name] = _sizes(_compile(_program(config, name), _real_mesh, ABSENT_OPTIONS))
+        compiled = _compile(_program(config, name), _real_mesh, COMPILER_OPTIONS)
+        tuned[name] = _sizes(compiled)
+    return {"programs": same, "tuned": tuned, "peak": _peak(_program(config, "train"), compiled)}
+
+
+def _program(config: Config, name: str) -> Config:
+    return override.apply(config, [f"aot.program={name}"])
+
+
+def _recorded_train(config: Config) -> Config:
+    """The step that `--mode=train` compiles: the batch and the sequences of `config.train`."""
+    context, sequences = config.train.sequence, config.train.batch_sequences
+    sizes = {"program": "train", "context": context, "tokens_per_gpu": context * sequences}
+    return override.apply(config, [f"aot.{name}={value}" for name, value in sizes.items()])
+
+
+def _real_mesh(config: Config) -> Mesh:
+    return make_mesh(config.mesh, config.cluster, config.model.moe.num_experts)
+
+
+def _compile(config: Config, mesh_of, options: dict) -> jax.stages.Compiled:
+    print(f"check: compiles {config.aot.program}, width {config.model.width}", file=sys.stderr, flush=True)
+    program = program_of(config, mesh_of(config))
+    return program.function.lower(*program.arguments).compile(compiler_options=options)
+
+
+def _sizes(compiled: jax.stages.Compiled) -> Sizes:
+    analysis = compiled.memory_analysis()
+    alias = analysis.alias_size_in_bytes
+    return {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": max(0, analysis.output_size_in_bytes - alias),
+        "temporaries": analysis.temp_size_in_bytes,
+    }
+
+
+def _peak(config: Config, step: jax.stages.Compiled) -> Sizes:
+    """Runs a few training steps on random tokens; returns the most bytes held before the first and after the last."""
+    mesh = _real_mesh(config)
+    state, sequences = init_state(config, mesh), config.aot.tokens_per_gpu // config.aot.context
+    random = np.random.default_rng(0)
+    shape = (sequences, config.aot.context + 1)
+    tokens = place_batch(random.integers(0, config.model.vocabulary, shape, np.int32), mesh)
+    jax.block_until_ready(state)
+    before = peak_bytes(mesh)
+    for _ in range(_STEPS):
+        state, report = step(state, tokens, None)
+    jax.block_until_ready(report)
+    return {"before": before, "after": peak_bytes(mesh)}
+
+
+def compare(sides: dict) -> list[dict]:
+    """Returns a row for each figure of which both sides are there: program, what, absent, real, difference, goal."""
+    absent, real = sides["absent"], sides["real"]
+    rows = []
+    for options in ("programs", "tuned"):
+        for program, sizes in real[options].items():
+            suffix = "" if options == "programs" else ", tuned as in a run"
+            rows += [_row(program + suffix, what, absent["programs"][program][what], size) for what, size in sizes.items()]
+    if real["peak"]["after"] > real["peak"]["before"]:  # else it is that of making the state
+        rows.append(_row("train, run", "peak", sum(absent["programs"]["train"].values()), real["peak"]["after"]))
+    return rows
+
+
+def _row(program: str, what: str, absent: int, real: int) -> dict:
+    difference = absent / real - 1 if real else float(absent != real)
+    return {"program": program, "bytes_of": what, "absent": absent, "real": real, "difference": difference,
+            "goal": GOALS[what], "within_goal": abs(difference) <= GOALS[what]}  # fmt: skip
+
+
+def recorded_run(folder: pathlib.Path, stem: str, gpu: str) -> dict | None:
+    """Returns device, commit, steps and peak of the training run of a config that `moe_ep.bench.train_step` recorded."""
+    for path in sorted(folder.glob(f"train_{stem}_*.json")):
+        record = json.loads(path.read_text())
+        run, device = record["runs"].get("auto"), gpu_of_device_kind(record["device"])
+        if run and run["peak_bytes"] and device and device.name == gpu:
+            return {"device": record["device"], "commit": record["commit"], "steps": len(run["steps"]),
+                    "peak_bytes": run["peak_bytes"]}  # fmt: skip
+    return None
+
+
+def compare_recorded(side: dict, run: dict, config: str) -> dict:
+    """Returns the row of a recorded run's peak."""
+    name = f"train, {run['steps']} steps of `{config}` recorded at {run['commit']}"
+    return _row(name, "peak", sum(side["recorded_train"].values()), run["peak_bytes"])
+
+
+def as_markdown(result: dict) -> str:
+    """Returns both sides as a table, or the one that is there as a line."""
+    lines = ["# The compile-only GPU against the real one\n\n"]
+    lines += [_side_line(name, side) for name, side in result["sides"].items()]
+    lines.append(f"Model of the small programs: `{result['config']}` with {', '.join(f'`{each}`' for each in result['small'])}.\n\n")
+    if not result["rows"]:
+        return "".join(lines) + "The other side has not been compiled yet.\n"
+    lines.append("| program | bytes of | absent (compiled) | real | difference | goal |\n|---|---|---|---|---|---|\n")
+    for row in result["rows"]:
+        goal = "equal" if row["goal"] == 0 else f"within {row['goal']:.0%}"
+        verdict = "" if row["within_goal"] else ": missed"
+        lines.append(f"| {row['program']} | {row['bytes_of']} | {row['absent']:,} | {row['real']:,} | "
+                     f"{row['difference']:+.3%} | {goal}{verdict} |\n")  # fmt: skip
+    lines.append("\nA peak is the allocator's, measured, against arguments, outputs and temporaries as compiled.\n")
+    return "".join(lines)
+
+
+def _side_line(name: str, side: dict) -> str:
+    flags_text = f", XLA_FLAGS `{side['xla_flags']}`" if side["xla_flags"] else ""
+    return (
+        f"{name}: {side['device']}, {side['date']}, commit {side['commit']}; "
+        f"{results.versions_text(side['versions'])}{flags_text}.\n`{side['command']}`\n\n"
+    )
+
+
+def check_device(config: Config, stem: str, folder: pathlib.Path) -> dict:
+    """Compiles the side that the flags name; returns it beside the other one, if that is on file, and their comparison.
+
+    Raises:
+      ConfigError: no GPU, one that is not known, or jax without its CUDA plugin.
+    """
+    gpu = config.cluster.gpu
+    path, run = folder / f"aot_{gpu}_check.json", recorded_run(folder, stem, gpu)
+    sides = json.loads(path.read_text())["sides"] if path.exists() else {}
+    opening = results.provenance(results.command_line("moe_ep.aot.check")) | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
+    small = check(override.apply(config, SMALL))
+    if _DEVICE.value == "real":
+        sides["real"] = opening | {"device": device.device_kind()} | real_side(small)
+    else:
+        sides["absent"] = opening | {"device": f"absent {gpu}"} | absent_side(small, run and _recorded_train(config))
+    rows = compare(sides) if len(sides) == 2 else []
+    if run and sides.get("absent", {}).get("recorded_train"):
+        rows.append(compare_recorded(sides["absent"], run, f"configs/{stem}.py"))
+    return {"config": f"configs/{stem}.py", "small": SMALL, "sides": sides, "rows": rows}
+
+
+def _read_config() -> Config:
+    """Returns the config for the device that the flags name."""
+    if _DEVICE.value == "absent":
+        jax.config.update("jax_platforms", "cpu")
+        return check(override.apply(override.load(_CONFIG.value), _SET.value))
+    gpu = gpu_of_device_kind(device.device_kind())
+    if gpu is None:
+        raise ConfigError(f"--device=real: allowed on one of {', '.join(GPUS)}; here is a {device.device_kind()}")
+    return check(override.apply(override.load(_CONFIG.value), [*_SET.value, f"cluster.gpu={gpu.name}"]))
+
+
+def main(argv: list[str]) -> None:
+    """Compiles one side, adds it to the file, and compares when both are there."""
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]!r}? Only flags are taken")
+    folder, stem = pathlib.Path(_OUT.value), pathlib.Path(_CONFIG.value).stem
+    try:
+        config = _read_config()
+        result = check_device(config, stem, folder)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    markdown = as_markdown(result)
+    print(markdown)
+    for path in results.write(folder, f"aot_{config.cluster.gpu}_check", result, markdown):
+        print(f"wrote {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    app.run(main)
