@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from moe_ep import override, results
 from moe_ep.aot.compile import ABSENT_OPTIONS, absent_mesh, program_of
+from moe_ep.aot.topology import use_no_gpu
 from moe_ep.config import Config, ConfigError, check
 from moe_ep.hardware import GPUS, gpu_of_device_kind
 from moe_ep.kernels import device
@@ -191,7 +192,7 @@ def check_device(config: Config, stem: str, folder: pathlib.Path) -> dict:
 def _read_config() -> Config:
     """Returns the config for the device that the flags name."""
     if _DEVICE.value == "absent":
-        jax.config.update("jax_platforms", "cpu")
+        use_no_gpu()
         return check(override.apply(override.load(_CONFIG.value), _SET.value))
     gpu = gpu_of_device_kind(device.device_kind())
     if gpu is None:

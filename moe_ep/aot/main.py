@@ -1,97 +1,107 @@
 """`--mode=aot`: compile a real program for the cluster that is not here, and say what the compiler made of it."""
 
-import dataclasses
 import json
 import pathlib
+import sys
 
-from moe_ep.aot.compare import compare
-from moe_ep.aot.compile import Compiled, compile_program, overlap_of
+from moe_ep.aot.compare import CHOICES, compare
+from moe_ep.aot.compile import Compiled, compile_program
 from moe_ep.aot.draw import draw_layer, write_trace
-from moe_ep.aot.report import aot_table, comparison_table, coverage_table, limits_line
+from moe_ep.aot.report import PROGRAM_COLUMNS, aot_table, coverage_table, limits_text, table
 from moe_ep.aot.search import search_limits
-from moe_ep.aot.timeline import Transfer
-from moe_ep.config import Config
+from moe_ep.aot.summary import dispatch_name, summarize, summarize_kept
+from moe_ep.config import Config, ConfigError
+from moe_ep.progress import Finished, Progress
 
 
-def aot(config: Config, workdir: pathlib.Path | None = None) -> dict:
-    """Compiles, prints the reports, writes trace, picture and schedule into `workdir`, and returns the result.
+def aot(config: Config, workdir: pathlib.Path) -> dict:
+    """Compiles, prints the reports, writes trace, picture, schedule and page into `workdir`, and returns the result.
+
+    What a comparison or a search compiled is kept in rows.jsonl: the same command goes on where a killed one stopped.
 
     Raises:
-      ConfigError: a wrong layout, or jax without its CUDA plugin.
+      ConfigError: a wrong layout, jax without its CUDA plugin, or a work directory that cannot be written.
     """
+    finished = _open(workdir)
     compiled = compile_program(config)
     result = summarize(config, compiled)
-    print(aot_table(config, result))
-    print(coverage_table(compiled.timeline))
-    if workdir is not None:
-        result["files"] = write_files(config, compiled, workdir)
-        print("\n".join(f"{kind}: {path}" for kind, path in result["files"].items()))
-    if config.aot.compare:
-        result["comparison"] = compare(config)
-        print(comparison_table(result["comparison"]))
-    if config.aot.search:
-        result["limits"] = search_limits(config, lambda sized: compile_program(sized).memory)
-        print(limits_line(result["limits"]))
+    pages = [aot_table(config, result), coverage_table(compiled.timeline)]
+    print("\n".join(pages), flush=True)
+    result["files"] = write_files(config, compiled, workdir)
+    for name, study in _STUDIES.items():
+        if getattr(config.aot, name):
+            result[_KEYS[name]], page = study(config, finished)
+            pages.append(page)
+            print(page, flush=True)
+    page = workdir / f"{_stem(config, compiled.gpus)}.md"
+    page.write_text("\n\n".join(pages) + "\n", encoding="utf-8")
+    result["files"]["page"] = str(page)
+    print("\n".join(f"{kind}: {path}" for kind, path in result["files"].items()))
     return result
 
 
-def summarize(config: Config, compiled: Compiled) -> dict:
-    """Returns the facts of a compiled program under DESIGN's keys, in bytes, seconds and shares."""
-    memory, timeline = compiled.memory, compiled.timeline
-    return {
-        "gpus": compiled.gpus,
-        "program": config.aot.program,
-        "cluster": dataclasses.asdict(config.cluster),
-        "overlap": overlap_of(config),
-        "transport": config.dispatch.transport,
-        "tokens_per_gpu": config.aot.tokens_per_gpu,
-        "context": config.aot.context,
-        "compile_s": round(compiled.compile_s, 2),
-        "fits": memory.fits,
-        "missing_bytes": memory.missing,
-        "bytes_per_gpu": {
-            "arguments": memory.arguments,
-            "outputs": memory.outputs,
-            "temporaries": memory.temporaries,
-            "total": memory.total,
-            "by_part": memory.by_part,
-        },
-        "collectives": [_collective(transfer) for transfer in timeline.transfers],
-        "hidden_share": timeline.hidden_share(),
-        "hidden_share_bound": timeline.bound(),
-        "hidden_share_all_collectives": timeline.hidden_share(exchanges_only=False),
-        "predicted_step_s": timeline.step_s,
-    }
+def _open(workdir: pathlib.Path) -> Finished:
+    try:
+        return Finished(workdir / "rows.jsonl")
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--workdir={workdir}: allowed is a directory that can be written, whose rows.jsonl is its own ({error})"
+        ) from None
 
 
-def _collective(transfer: Transfer) -> dict:
-    return {
-        "op": transfer.op,
-        "scope": transfer.scope + (" (backward)" if transfer.backward else ""),
-        "count": transfer.count,
-        "bytes_per_gpu": transfer.sent_bytes,
-        "bytes_same_node": transfer.sent_same_node_bytes,
-        "bytes_other_node": transfer.sent_other_node_bytes,
-        "groups": transfer.groups,
-        "group_size": transfer.group_size,
-        "asynchronous": transfer.asynchronous,
-        "predicted_s": transfer.seconds,
-        "exposed_s": transfer.exposed_s,
-        "products_between": transfer.has_products_between,
-    }
+def _compare(config: Config, finished: Finished) -> tuple[list[dict], str]:
+    progress = Progress("compare", len(CHOICES))
+    try:
+        rows = compare(config, summarize_kept(finished, progress.say), progress)
+    finally:
+        progress.close()
+    return rows, "transports and overlaps compared\n" + table(PROGRAM_COLUMNS, rows)
+
+
+def _search(config: Config, finished: Finished) -> tuple[dict, str]:
+    def say(text: str) -> None:
+        print(f"search  {text}", file=sys.stderr, flush=True)
+
+    limits = search_limits(config, summarize_kept(finished, say), say)
+    return limits, limits_text(limits)
+
+
+# Flags of config.aot -> what they ask for, and under which key of the result it stands.
+_STUDIES = {"compare": _compare, "search": _search}
+_KEYS = {"compare": "comparison", "search": "limits"}
 
 
 def write_files(config: Config, compiled: Compiled, workdir: pathlib.Path) -> dict[str, str]:
     """Writes the schedule, a Chrome trace and a picture of one layer; returns their paths."""
     workdir.mkdir(parents=True, exist_ok=True)
-    stem = f"aot_{config.aot.program}_{compiled.gpus}"
+    stem = _stem(config, compiled.gpus)
     paths = {kind: workdir / f"{stem}{ending}" for kind, ending in
              {"schedule": ".schedule.json", "trace": ".trace.json", "picture": ".png"}.items()}  # fmt: skip
     paths["schedule"].write_text(json.dumps(compiled.schedule))
     write_trace(compiled.timeline, paths["trace"])
-    title = (
-        f"{config.aot.program}, {compiled.gpus} x {config.cluster.gpu}, {config.dispatch.transport}, "
-        f"overlap {overlap_of(config)}: {compiled.timeline.hidden_share():.0%} of the exchange hidden (predicted)"
-    )
-    draw_layer(compiled.timeline, title, paths["picture"])
+    title, note, warning = _captions(config, compiled)
+    draw_layer(compiled.timeline, title, note, paths["picture"], warning=warning)
     return {kind: str(path) for kind, path in paths.items()}
+
+
+def _stem(config: Config, gpus: int) -> str:
+    return f"aot_{config.aot.program}_{gpus}"
+
+
+def _captions(config: Config, compiled: Compiled) -> tuple[str, str, str]:
+    """The picture's title, what is predicted of its schedule, and why that does not hold where it does not."""
+    cluster, memory, timeline = config.cluster, compiled.memory, compiled.timeline
+    title = (
+        f"{config.aot.program}, {config.model.moe_layers} MoE layers, {compiled.gpus} x {cluster.gpu}, "
+        f"{config.aot.tokens_per_gpu} tokens per GPU, {dispatch_name(config)}"
+    )
+    note = (
+        f"Compiled schedule, predicted times: {timeline.hidden_share():.1%} of dispatch and combine hidden (bound "
+        f"{timeline.bound():.1%}); {cluster.nics_per_node} NICs of {cluster.nic_gigabits_per_s:.0f} Gb/s per node of "
+        f"{cluster.gpus_per_node} GPUs"
+    )
+    warning = "" if memory.fits else (
+        f"Does not fit, {memory.missing / 1e9:.1f} GB are missing of {memory.capacity / 1e9:.0f} GB: no overlap is stated, "
+        "XLA makes exchanges synchronous there"
+    )  # fmt: skip
+    return title, note, warning

@@ -1,5 +1,9 @@
 """The reports as text."""
 
+from collections.abc import Callable
+
+from moe_ep.aot.summary import OVER_MEMORY
+from moe_ep.aot.timeline import Timeline
 from moe_ep.config import Config
 
 _GB = 1e9
@@ -50,17 +54,21 @@ def _collectives(result: dict) -> list[str]:
 
 def _overlap(config: Config, result: dict) -> list[str]:
     cluster = config.cluster
-    lines = [
+    links = f"{cluster.nics_per_node} NICs of {cluster.nic_gigabits_per_s:.0f} Gb/s per node"
+    if not result["fits"]:
+        step, share = (result["over_memory"][name] for name in ("predicted_step_s", "hidden_share"))
+        return [
+            f"no overlap is stated: {OVER_MEMORY}",
+            f"(as it stands: {step * 1e3:.2f} ms, {share:.1%} of dispatch and combine hidden; {links})",
+        ]
+    return [
         f"predicted step {result['predicted_step_s'] * 1e3:.2f} ms; of dispatch and combine {result['hidden_share']:.1%} "
         f"hidden (bound {result['hidden_share_bound']:.1%}), of all collectives {result['hidden_share_all_collectives']:.1%} "
-        f"({cluster.nics_per_node} NICs of {cluster.nic_gigabits_per_s:.0f} Gb/s per node)"
+        f"({links})"
     ]
-    if not result["fits"]:
-        lines.append("over its memory XLA makes collectives synchronous: the overlap is not that of a program that fits")
-    return lines
 
 
-def coverage_table(timeline) -> str:
+def coverage_table(timeline: Timeline) -> str:
     """Returns, for every collective, the work that runs between its start and its done."""
     lines = ["what runs between start and done (predicted ms; the three longest)"]
     for transfer in timeline.transfers:
@@ -71,23 +79,100 @@ def coverage_table(timeline) -> str:
     return "\n".join(lines)
 
 
-def comparison_table(rows: list[dict]) -> str:
-    """Returns the transports side by side."""
-    lines = ["transports compared (bytes and buffers compiled, times predicted)",
-             f"  {'transport':<26} {'sent/GPU':>10} {'exchange':>10} {'hidden':>7} {'buffers':>9} "
-             f"{'temporaries':>12} {'step':>10}"]  # fmt: skip
-    for row in rows:
-        lines.append(
-            f"  {row['name']:<26} {row['sent_bytes_per_gpu'] / _GB:>7.3f} GB {row['exchange_s'] * 1e3:>7.2f} ms "
-            f"{row['hidden_share']:>7.1%} {row['dispatch_buffers'] / _GB:>6.3f} GB {row['temporaries'] / _GB:>9.3f} GB "
-            f"{row['predicted_step_s'] * 1e3:>7.2f} ms" + ("" if row["fits"] else "  does not fit")
-        )
-    return "\n".join(lines)
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
 
 
-def limits_line(limits: dict) -> str:
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _verdict(row: dict) -> str:
+    return "fits" if row["fits"] else f"{row['missing_bytes'] / _GB:.2f} GB missing"
+
+
+Columns = dict[str, Callable[[dict], str]]
+
+# What any page says of a compiled program. Seconds of compiling are measured on the machine that compiled, bytes are
+# the compiler's, overlap and times are predicted along its schedule.
+PROGRAM_COLUMNS: Columns = {
+    "transport, overlap": lambda row: row["dispatch"],
+    "lower + compile, s (measured)": lambda row: f"{row['compile_s']:.1f}",
+    "GB a GPU (compiled)": lambda row: f"{row['bytes_per_gpu']['total'] / _GB:.2f}",
+    "dispatch buffers, GB (compiled)": lambda row: f"{row['bytes_per_gpu']['by_part'].get('dispatch_buffers', 0) / _GB:.3f}",
+    "temporaries, GB (compiled)": lambda row: f"{row['bytes_per_gpu']['temporaries'] / _GB:.3f}",
+    "fits (compiled)": _verdict,
+    "dispatch and combine, GB inside the node (compiled)": lambda row: _sent_gb(row, "same_node"),
+    "GB between nodes (compiled)": lambda row: _sent_gb(row, "other_node"),
+    "ms on the network (predicted)": lambda row: _milliseconds(row["exchange_s"]),
+    "hidden (predicted)": lambda row: _share(row["hidden_share"]),
+    "bound (predicted)": lambda row: _share(row["hidden_share_bound"]),
+    "step, ms (predicted)": lambda row: _milliseconds(row["predicted_step_s"]),
+}
+
+
+def _sent_gb(row: dict, link: str) -> str:
+    return f"{row['exchange_bytes_sent_per_gpu'][link] / _GB:.3f}"
+
+
+def part_columns(rows: list[dict]) -> Columns:
+    """Returns a column of GB for each part of the memory that any of the rows has, outputs and total last."""
+    parts = dict.fromkeys(part for row in rows for part in row["bytes_per_gpu"]["by_part"])
+
+    def of_part(part: str) -> Callable[[dict], str]:
+        return lambda row: f"{row['bytes_per_gpu']['by_part'].get(part, 0) / _GB:.3f}"
+
+    def of_all(name: str) -> Callable[[dict], str]:
+        return lambda row: f"{row['bytes_per_gpu'][name] / _GB:.3f}"
+
+    return {part.replace("_", " "): of_part(part) for part in parts} | {name: of_all(name) for name in ("outputs", "total")}
+
+
+def sent_columns() -> Columns:
+    """Returns a column for each class of links that a step's collectives cross."""
+
+    def of(link: str) -> Callable[[dict], str]:
+        return lambda row: f"{row['bytes_sent_per_gpu'][link] / _GB:.3f}"
+
+    return {"inside the node": of("same_node"), "between nodes": of("other_node")}
+
+
+def limits_columns() -> Columns:
+    """Returns the largest sizes that fit, each with the share of the exchange that is hidden there."""
+    return {
+        "most sequences a GPU (compiled)": lambda row: _at_least(row["sequences"], row["searched_up_to"]["sequences"]),
+        "at context": lambda row: str(row["at_context"]),
+        "hidden there (predicted)": lambda row: _hidden_at(row, row["sequences"], row["at_context"]),
+        "longest context (compiled)": lambda row: _at_least(row["context"], row["searched_up_to"]["context"]),
+        "with sequences": lambda row: str(row["at_sequences"]),
+        "hidden there too (predicted)": lambda row: _hidden_at(row, row["at_sequences"], row["context"]),
+        "programs compiled": lambda row: str(len(row["compiled"])),
+    }
+
+
+def _hidden_at(limits: dict, sequences: int, context: int) -> str:
+    at = (each for each in limits["compiled"] if (each["sequences"], each["context"]) == (sequences, context))
+    return _share(next(at, {"hidden_share": None})["hidden_share"])
+
+
+def table(columns: Columns, rows: list[dict]) -> str:
+    """Returns rows as a Markdown table, padded to be read as text too."""
+    cells = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+
+
+def limits_text(limits: dict) -> str:
     """Returns the largest sizes that fit."""
+    sequences = _at_least(limits["sequences"], limits["searched_up_to"]["sequences"])
+    context = _at_least(limits["context"], limits["searched_up_to"]["context"])
     return (
-        f"most that fits: {limits['tokens_per_gpu']} tokens per GPU at context {limits['at_context']}; "
-        f"context {limits['context']} with {limits['at_sequences']} sequences per GPU"
+        f"most that fits (compiled): sequences per GPU at context {limits['at_context']}: {sequences}; "
+        f"context with {limits['at_sequences']} sequences per GPU: {context}"
     )
+
+
+def _at_least(found: int, end: int) -> str:
+    """The search ends somewhere: what fits there is not the most."""
+    return f"{found} or more" if found >= end else str(found) if found else "none"

@@ -1,17 +1,15 @@
 """The largest batch and the longest context that fit: guessed by the memory formulas, confirmed by compiling."""
 
 import dataclasses
-import sys
-import time
 from collections.abc import Callable
 
-from moe_ep.aot.memory import MemoryReport
+from moe_ep.aot.summary import Summarize
 from moe_ep.config import Config, ConfigError
 from moe_ep.cost.memory import total
 from moe_ep.simulate.engines import scenario_of_program
 from moe_ep.simulate.memory import memory_of
 
-Measure = Callable[[Config], MemoryReport]
+Say = Callable[[str], None]
 
 _CONTEXT_STEP = 128
 
@@ -59,14 +57,15 @@ def _bisect(estimate: Callable[[int], float], capacity: float, fits: int, fails:
     return fits
 
 
-def search_limits(config: Config, measure: Measure, *, most_sequences: int = 4096, most_context: int = 2**17) -> dict:
-    """Returns the most tokens per GPU at the config's context, and the longest context at its batch.
-
-    Says on standard error what it compiles.
+def search_limits(
+    config: Config, summarize: Summarize, say: Say, *, most_sequences: int = 4096, most_context: int = 2**17
+) -> dict:
+    """Returns the most tokens per GPU at the config's context, and the longest context at its batch; 0 when none fits.
 
     Args:
       config: the batch and the context that are kept while the other is searched.
-      measure: compiles a config and returns its memory.
+      summarize: compiles a config and returns its summary.
+      say: is told what was compiled.
       most_sequences: per GPU, the search's end.
       most_context: the search's end; contexts are searched in steps of 128 positions.
     """
@@ -74,34 +73,37 @@ def search_limits(config: Config, measure: Measure, *, most_sequences: int = 409
     sequences = max(1, aot.tokens_per_gpu // aot.context)
     step = 2 if config.dispatch.overlap in ("auto", "staggered") else 1  # staggered splits a batch in two
     compiled: list[dict] = []
-    most = _search(config, measure, lambda n: (n * step, aot.context), most_sequences // step, compiled)
-    longest = _search(config, measure, lambda n: (sequences, n * _CONTEXT_STEP), most_context // _CONTEXT_STEP, compiled)
+
+    def search(sizes: Callable[[int], tuple[int, int]], limit: int) -> int:
+        capacity = config.cluster.device.memory_bytes
+        return largest_that_fits(
+            lambda n: _bytes_of(_sized(config, *sizes(n)), summarize, say, compiled),
+            lambda n: formula_bytes(_sized(config, *sizes(n))), capacity, limit,
+        )  # fmt: skip
+
+    most = step * search(lambda n: (n * step, aot.context), most_sequences // step)
+    longest = _CONTEXT_STEP * search(lambda n: (sequences, n * _CONTEXT_STEP), most_context // _CONTEXT_STEP)
     return {
-        "tokens_per_gpu": most * step * aot.context,
+        "sequences": most,
+        "tokens_per_gpu": most * aot.context,
         "at_context": aot.context,
-        "context": longest * _CONTEXT_STEP,
+        "context": longest,
         "at_sequences": sequences,
+        "searched_up_to": {"sequences": most_sequences, "context": most_context},
         "compiled": compiled,
     }
 
 
-def _search(
-    config: Config, measure: Measure, sizes: Callable[[int], tuple[int, int]], limit: int, compiled: list[dict]
-) -> int:
-    """Searches the largest n whose sizes(n), sequences and context, fit; appends what it compiled."""
-    capacity = config.cluster.device.memory_bytes
-
-    def bytes_of(n: int) -> float:
-        sequences, context = sizes(n)
-        begin = time.perf_counter()
-        used = measure(_sized(config, sequences, context)).total
-        compiled.append({"sequences": sequences, "context": context, "total": used, "fits": used <= capacity})
-        verdict = "fits" if used <= capacity else f"{(used - capacity) / 1e9:.2f} GB too much"
-        print(f"search: {sequences} sequences of {context} per GPU: {used / 1e9:.2f} of {capacity / 1e9:.0f} GB, "
-              f"{verdict} ({time.perf_counter() - begin:.0f} s)", file=sys.stderr, flush=True)  # fmt: skip
-        return used
-
-    return largest_that_fits(bytes_of, lambda n: formula_bytes(_sized(config, *sizes(n))), capacity, limit)
+def _bytes_of(config: Config, summarize: Summarize, say: Say, compiled: list[dict]) -> float:
+    """Bytes of one program, noted in `compiled`."""
+    summary, capacity = summarize(config), config.cluster.device.memory_bytes
+    context, used = config.aot.context, summary["bytes_per_gpu"]["total"]
+    sequences = config.aot.tokens_per_gpu // context
+    compiled.append({"sequences": sequences, "context": context, "total": used, "fits": used <= capacity,
+                     "hidden_share": summary["hidden_share"]})  # fmt: skip
+    verdict = "fits" if used <= capacity else f"{(used - capacity) / 1e9:.2f} GB too much"
+    say(f"{sequences} sequences of {context} per GPU: {used / 1e9:.2f} of {capacity / 1e9:.0f} GB, {verdict}")
+    return used
 
 
 def _sized(config: Config, sequences: int, context: int) -> Config:

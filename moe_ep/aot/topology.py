@@ -7,6 +7,7 @@ rest comes from moe_ep.hardware. XLA keeps files of the same kind for its own
 tests: openxla/xla, xla/backends/gpu/target_config/specs.
 """
 
+import os
 from collections.abc import Sequence
 
 import jax
@@ -28,6 +29,16 @@ _DEVICE_KINDS = {
     "h200": "NVIDIA H200",
     "b200": "NVIDIA B200",
 }
+
+
+def use_no_gpu() -> None:
+    """Settles jax for a command that only compiles, before it asks for a device.
+
+    Without it jax prints its plugin's traceback where no GPU is, and the compiler remarks
+    on devices that it cannot measure.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 def target_config_text(gpu: Gpu) -> str:

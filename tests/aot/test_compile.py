@@ -8,7 +8,9 @@ import pytest
 
 from moe_ep import override
 from moe_ep.aot.compile import compile_program
-from moe_ep.aot.main import summarize, write_files
+from moe_ep.aot.main import write_files
+from moe_ep.aot.report import aot_table
+from moe_ep.aot.summary import summarize
 from moe_ep.aot.topology import compile_only_devices
 from moe_ep.config import ClusterConfig, ConfigError
 
@@ -78,6 +80,9 @@ def test_a_layout_that_does_not_fit_says_what_is_missing():
     assert not result["fits"]
     assert result["missing_bytes"] == sizes["total"] - 64e9 > 0
     assert sizes["by_part"]["experts"] == 2 * 58 * 2 * 7168 * 18432 * 2
+    # XLA gives up the overlap of a program over its memory, so none is claimed.
+    assert result["hidden_share"] is result["hidden_share_bound"] is result["predicted_step_s"] is None
+    assert "no overlap is stated: over its memory" in aot_table(config, result)
 
 
 def test_clusters_that_cannot_be():

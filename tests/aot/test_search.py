@@ -4,7 +4,7 @@ import hypothesis
 import hypothesis.strategies as st
 
 from moe_ep import override
-from moe_ep.aot.memory import MemoryReport
+from moe_ep.aot.report import limits_text
 from moe_ep.aot.search import largest_that_fits, search_limits
 
 
@@ -23,15 +23,30 @@ def test_largest_that_fits_is_that_of_trying_all(steps, capacity, slope, offset)
     assert found == expected
 
 
+def search(config, weights_gb):
+    """Searches with weights and 300 kB a token for a compiler, near enough to the real one."""
+    said = []
+
+    def summarize(sized):
+        used = weights_gb * 10**9 + 300_000 * sized.aot.tokens_per_gpu
+        return {"bytes_per_gpu": {"total": used}, "hidden_share": None}
+
+    limits = search_limits(config, summarize, said.append)
+    assert len(said) == len(limits["compiled"])
+    return limits
+
+
 def test_few_compilations_confirm_what_the_formulas_guess():
-    config = override.load("configs/seed_e16.py")
-
-    def measure(sized):
-        """Weights and 300 kB a token, near enough to the compiler's."""
-        used = 55_000_000_000 + 300_000 * sized.aot.tokens_per_gpu
-        return MemoryReport(used, 0, 0, {}, int(config.cluster.device.memory_bytes))
-
-    limits = search_limits(config, measure)
+    limits = search(override.load("configs/seed_e16.py"), weights_gb=55)
     assert limits["tokens_per_gpu"] == 2 * 1024 * (9_000_000_000 // (2 * 1024 * 300_000))
     assert limits["context"] == 128 * (9_000_000_000 // (2 * 128 * 300_000))
     assert len(limits["compiled"]) <= 12  # halving alone needs 22
+
+
+def test_a_search_says_when_nothing_fits_and_when_it_ended_before_the_memory():
+    config = override.load("configs/seed_e16.py")
+    assert limits_text(search(config, weights_gb=65)) == (
+        "most that fits (compiled): sequences per GPU at context 1024: none; context with 2 sequences per GPU: none"
+    )
+    roomy = override.apply(config, ["cluster.gpu=b200", "aot.context=128", "aot.tokens_per_gpu=256"])
+    assert "at context 128: 4096 or more" in limits_text(search(roomy, weights_gb=5))

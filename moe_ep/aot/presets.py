@@ -1,0 +1,183 @@
+"""The full-size presets compiled for clusters that are not here: every program, transports compared, limits searched.
+
+    python -m moe_ep.aot.presets                        needs jax[cuda12], no GPU; a quarter of an hour on two cores
+
+Writes a page each, <out>/aot_presets, aot_transports and aot_limits, .json and .md. What was
+compiled is kept in <workdir>/rows.jsonl: the same command goes on where a killed one stopped.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+from absl import app, flags
+
+from moe_ep import override, results
+from moe_ep.aot.compare import CHOICES, compare, verdict, with_dispatch
+from moe_ep.aot.report import PROGRAM_COLUMNS, Columns, limits_columns, part_columns, sent_columns, table
+from moe_ep.aot.search import search_limits
+from moe_ep.aot.summary import Summarize, dispatch_name, summarize_kept
+from moe_ep.aot.topology import use_no_gpu
+from moe_ep.config import Config, ConfigError, check
+from moe_ep.progress import Finished, Progress
+
+_PAGES = flags.DEFINE_list("pages", ["presets", "transports", "limits"], "Which pages to write.")
+_CONFIGS = flags.DEFINE_list(
+    "configs", [f"configs/seed_e{experts}.py" for experts in (16, 32, 64, 128)],
+    "Config files of the presets' page; the other pages take the first and the last.",
+)  # fmt: skip
+_SET = flags.DEFINE_multi_string("set", [], "name=value for all of them, as in moe_ep.run.")
+_OUT = flags.DEFINE_string("out", "results", "The folder of the result files.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/aot_presets", "Where compiled programs are kept.")
+
+# Two sequences of 1024 in prefill, eight in decode; a training step of a model that fits with its optimizer.
+PROGRAMS = {
+    "prefill": ("aot.program=prefill", "aot.context=1024", "aot.tokens_per_gpu=2048"),
+    "decode": ("aot.program=decode", "aot.context=1024", "aot.tokens_per_gpu=8192"),
+    "train": ("aot.program=train", "aot.context=1024", "aot.tokens_per_gpu=2048", "model.layers=6", "model.dense_layers=1"),
+}
+SERVED = ("prefill", "decode")
+
+Named = dict[str, Config]  # by config file and program
+
+
+def programs_of(paths: list[str], names: tuple[str, ...], settings: list[str]) -> Named:
+    """Returns the configs' programs, sized as in PROGRAMS unless the settings say otherwise.
+
+    Raises:
+      ConfigError: a file or a setting that is wrong.
+    """
+    return {
+        f"{pathlib.Path(path).stem} {name}": check(override.apply(override.load(path), [*PROGRAMS[name], *settings]))
+        for path in paths
+        for name in names
+    }
+
+
+def overlaps_of(config: Config) -> list[Config]:
+    """Returns the config as it is, then with half batches, two chunks and nothing overlapped, each once."""
+    transport = config.dispatch.transport
+    others = ((transport, "staggered", 1), ("all_to_all", "chunks", 2), (transport, "none", 1))
+    choices = [config, *(with_dispatch(config, *other) for other in others)]
+    return list({dispatch_name(choice): choice for choice in choices}.values())
+
+
+def presets_page(programs: Named, summarize: Summarize, progress: Progress) -> tuple[list[dict], str]:
+    """Returns a row for each program and overlap, and the page's tables."""
+    rows = []
+    for name, config in programs.items():
+        for index, choice in enumerate(overlaps_of(config)):
+            rows.append({"name": name, "is_default": index == 0, **summarize(choice)})
+            progress.done(f"{name}, {dispatch_name(choice)}: {verdict(rows[-1])}")
+    defaults = [row for row in rows if row["is_default"]]
+    slowest = max(rows, key=lambda row: row["compile_s"])
+    return rows, (
+        f"Slowest: {slowest['name']}, {slowest['dispatch']}, {slowest['compile_s']:.1f} s to lower and compile (goal: under "
+        "60 s). A preset's first row is its default; training steps have 5 MoE layers and a dense one.\n\n"
+        f"{table(_NAME | PROGRAM_COLUMNS, rows)}\n"
+        f"## Memory by part, GB a GPU (compiled)\n\n{table(_NAME | part_columns(defaults), defaults)}\n"
+        "## Sent by one GPU in a step, all collectives, GB (compiled, even routing)\n\n"
+        f"{table(_NAME | _DISPATCH | sent_columns(), rows)}"
+    )
+
+
+def transports_page(programs: Named, summarize: Summarize, progress: Progress) -> tuple[list[dict], str]:
+    """Returns a row for each transport and overlap of every program, and the page's tables."""
+    rows, tables = [], []
+    for name, config in programs.items():
+        compared = [{"name": name, **row} for row in compare(config, summarize, progress)]
+        rows += compared
+        tables.append(f"## {name}\n\n{table(PROGRAM_COLUMNS, compared)}")
+    return rows, "\n".join(tables)
+
+
+def limits_page(programs: Named, summarize: Summarize, progress: Progress) -> tuple[list[dict], str]:
+    """Returns the largest batch and the longest context of every program, and the page's table."""
+    rows = []
+    for name, config in programs.items():
+        limits = search_limits(config, summarize, progress.say)
+        rows.append({"name": name, "dispatch": f"{config.dispatch.transport}, {config.dispatch.overlap}", **limits})
+        progress.done(f"{name}: {limits['tokens_per_gpu']} tokens per GPU, context {limits['context']}")
+    return rows, table(_NAME | _DISPATCH | limits_columns(), rows)
+
+
+_NAME: Columns = {"program": lambda row: row["name"]}
+_DISPATCH: Columns = {"transport, overlap": lambda row: row["dispatch"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A title, the programs that it is about, how many rows they make, and what makes it."""
+
+    title: str
+    programs: tuple[str, ...]
+    all_configs: bool
+    rows_of: Callable[[Config], int]
+    make: Callable[[Named, Summarize, Progress], tuple[list[dict], str]]
+
+
+PAGES = {
+    "presets": Page("Full-size presets compiled for GPUs that are not here", tuple(PROGRAMS), True,
+                    lambda config: len(overlaps_of(config)), presets_page),
+    "transports": Page("Transports and overlaps compared", SERVED, False, lambda _: len(CHOICES), transports_page),
+    "limits": Page("The most that fits", SERVED, False, lambda _: 1, limits_page),
+}  # fmt: skip
+
+
+def write_page(name: str, finished: Finished) -> list[pathlib.Path]:
+    """Compiles what a page needs and is not kept, writes it, and returns its paths."""
+    page, paths = PAGES[name], _CONFIGS.value
+    paths = paths if page.all_configs else list(dict.fromkeys([paths[0], paths[-1]]))
+    programs = programs_of(paths, page.programs, _SET.value)
+    with _progress(name, sum(map(page.rows_of, programs.values()))) as progress:
+        rows, text = page.make(programs, summarize_kept(finished, progress.say), progress)
+    opening = results.provenance(results.command_line("moe_ep.aot.presets"))
+    result = {"kind": "compiled and predicted", **opening, "cores": len(os.sched_getaffinity(0)), "rows": rows}
+    markdown = f"# {page.title}\n\n{_heading(result, next(iter(programs.values())))}\n\n{text}"
+    return results.write(_OUT.value, f"aot_{name}", result, markdown)
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int) -> Iterator[Progress]:
+    progress = Progress(name, total)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+def _heading(result: dict, config: Config) -> str:
+    cluster = config.cluster
+    return (
+        f"XLA:GPU for absent GPUs on {result['cores']} CPU cores without a GPU, {result['date']}, commit {result['commit']}; "
+        f"{results.versions_text(result['versions'])}.\n`{result['command']}`\n\n"
+        f"Cluster: {cluster.gpu} ({cluster.device.memory_bytes / 1e9:.0f} GB), {cluster.gpus_per_node} a node, "
+        f"{cluster.nics_per_node} NICs of {cluster.nic_gigabits_per_s:.0f} Gb/s a node. Bytes are the compiler's, of one GPU "
+        "and one step; overlap and times are predicted along its schedule by the kernel and network models; seconds to "
+        "compile are this machine's, which may share its cores. Over its memory a program has no overlap to state."
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Writes the pages that were asked for."""
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]!r}? Only flags are taken")
+    use_no_gpu()
+    try:
+        wrong = [name for name in _PAGES.value if name not in PAGES]
+        if wrong:
+            raise ConfigError(f"--pages={','.join(wrong)}: allowed are {', '.join(PAGES)}")
+        finished = Finished(pathlib.Path(_WORKDIR.value) / "rows.jsonl")
+        for name in _PAGES.value:
+            for path in write_page(name, finished):
+                print(f"wrote {path}", file=sys.stderr, flush=True)
+    except ConfigError as error:
+        print(f"moe_ep.aot.presets: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main)
