@@ -21,7 +21,12 @@ TABLES = pathlib.Path(__file__).parent / "tables"
 _NEIGHBOURS = 4
 _BYTES = {"fp8": 1, "bf16": 2, "float32": 4}
 # Where a table has no rows of an operation: the one that it is closest to.
-_LIKE = {"grouped_weight_gradient": "grouped_gemm"}
+_LIKE = {
+    "grouped_weight_gradient": "grouped_gemm",
+    "attention_masked": "attention",
+    "row_gather": "memory",
+    "update": "memory",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +38,9 @@ class Work:
     values a token) for decode's, (bytes,) for memory-bound work.
     """
 
-    op: str  # gemm, grouped_gemm, grouped_weight_gradient, attention, attention_backward, mla_decode, memory
+    # gemm, grouped_gemm, grouped_weight_gradient, attention, attention_masked, attention_backward, mla_decode,
+    # memory, row_gather, update
+    op: str
     dtype: str
     flops: Number
     bytes: Number
@@ -112,6 +119,16 @@ def gemm(m: Number, k: Number, n: Number, dtype: str, groups: Number = 1, out_by
 def memory_pass(touched_bytes: Number) -> Work:
     """Returns the work of an elementwise pass that reads and writes so many bytes."""
     return Work("memory", "bf16", 0.0, touched_bytes, (touched_bytes,))
+
+
+def row_gather(touched_bytes: Number) -> Work:
+    """Returns the work of moving rows by index, or of adding them up by weight."""
+    return dataclasses.replace(memory_pass(touched_bytes), op="row_gather")
+
+
+def update_pass(touched_bytes: Number) -> Work:
+    """Returns the work of an optimizer's pass over weights, moments and gradients."""
+    return dataclasses.replace(memory_pass(touched_bytes), op="update")
 
 
 @dataclasses.dataclass(frozen=True)
