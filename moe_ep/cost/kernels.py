@@ -3,7 +3,9 @@
 A table row is one measurement. Between rows the *utilisation* (roofline time over
 measured time) is interpolated, never the time, so that a shape twice as large
 costs about twice as much; outside the rows the nearest utilisation holds and the
-answer is marked as extrapolated. The same utilisation on another GPU means that
+answer is marked as extrapolated. Rows bound by the same side of the roofline are
+asked alone where there are any: what share of the bandwidth a kernel reaches says
+nothing of its share of the FLOP/s. The same utilisation on another GPU means that
 memory-bound work scales with its bandwidth and compute-bound work with its FLOP/s.
 """
 
@@ -19,6 +21,7 @@ from moe_ep.hardware import GPUS, Gpu
 
 TABLES = pathlib.Path(__file__).parent / "tables"
 _NEIGHBOURS = 4
+_PRODUCTS = frozenset({"gemm", "grouped_gemm", "grouped_weight_gradient"})
 _BYTES = {"fp8": 1, "bf16": 2, "float32": 4}
 # Where a table has no rows of an operation: the one that it is closest to.
 _LIKE = {
@@ -59,6 +62,7 @@ class Measurement:
     dtype: str
     shape: tuple[Number, ...]
     utilisation: Number
+    bound: str = ""  # "compute" or "memory"; "" where that is not known of what was published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +93,33 @@ class KernelTable:
         """Returns the seconds of one call, never less than the roofline."""
         return self.time(work, gpu).seconds
 
+    def fused_seconds(self, works: typing.Sequence[Work], gpu: Gpu) -> Number:
+        """Returns the seconds of one kernel that does several works one after another: launched once."""
+        busy = sum(self._busy(work, gpu).seconds for work in works)
+        return max(busy, self.launch_s) if busy else 0.0
+
     def time(self, work: Work, gpu: Gpu) -> Timing:
         """Returns the seconds of one call; nothing to do costs nothing."""
+        busy = self._busy(work, gpu)
+        return dataclasses.replace(busy, seconds=max(busy.seconds, self.launch_s)) if busy.seconds else busy
+
+    def _busy(self, work: Work, gpu: Gpu) -> Timing:
         if work.flops == 0 and work.bytes == 0:
             return Timing(0.0, False)
-        utilisation, extrapolated = _utilisation(self.rows, work.op, work.dtype, work.shape)
-        floor = roofline_seconds(work, gpu, self.compute_share)
-        return Timing(max(floor / utilisation, self.launch_s), extrapolated)
+        bound = bound_of(work, gpu, self.compute_share)
+        utilisation, extrapolated = _utilisation(self.rows, work.op, work.dtype, work.shape, bound)
+        return Timing(roofline_seconds(work, gpu, self.compute_share) / utilisation, extrapolated)
 
 
 def roofline_seconds(work: Work, gpu: Gpu, compute_share: Number = 1.0) -> Number:
     """Returns the larger of FLOPs over peak and bytes over memory bandwidth."""
     return max(work.flops / (peak_flops(gpu, work.dtype) * compute_share), work.bytes / gpu.memory_bytes_per_s)
+
+
+def bound_of(work: Work, gpu: Gpu, compute_share: Number = 1.0) -> str:
+    """Returns the side of the roofline that sets the least time: "compute" or "memory"."""
+    compute = work.flops / (peak_flops(gpu, work.dtype) * compute_share)
+    return "compute" if compute > work.bytes / gpu.memory_bytes_per_s else "memory"
 
 
 def peak_flops(gpu: Gpu, dtype: str) -> Number:
@@ -149,15 +168,22 @@ class AssumedKernels:
         compute = work.flops / (peak_flops(gpu, work.dtype) * self.mfu * self.compute_share)
         return max(compute, work.bytes / (gpu.memory_bytes_per_s * self.memory_efficiency))
 
+    def fused_seconds(self, works: typing.Sequence[Work], gpu: Gpu) -> Number:
+        """Returns the seconds of one kernel that does several works one after another."""
+        return sum(self.seconds(work, gpu) for work in works)
+
 
 @functools.lru_cache(maxsize=65536)
-def _utilisation(rows: tuple, op: str, dtype: str, shape: tuple[Number, ...]) -> tuple[Number, bool]:
+def _utilisation(
+    rows: tuple[Measurement, ...], op: str, dtype: str, shape: tuple[Number, ...], bound: str
+) -> tuple[Number, bool]:
     """Returns the inverse-square-distance mean of the nearest rows' utilisations, in log2 of the shape."""
-    same = [row for row in rows if row.op == op and row.dtype == dtype]
-    if not same and op in _LIKE:
-        return _utilisation(rows, _LIKE[op], dtype, shape)
-    if not same:
+    known = [row for row in rows if row.op == op and row.dtype == dtype]
+    if not known and op in _LIKE:
+        return _utilisation(rows, _LIKE[op], dtype, shape, bound)
+    if not known:
         raise KeyError(f"the kernel table has no row of op {op} in {dtype}")
+    same = [row for row in known if row.bound in (bound, "")] or known
     place = _logs(shape)
     distances = sorted((_distance(_logs(row.shape), place), row.utilisation) for row in same)
     nearest = distances[:_NEIGHBOURS]
@@ -199,8 +225,9 @@ def load_table(name_or_path: str) -> KernelTable:
 
 
 def _measurement(row: dict[str, typing.Any], gpu: Gpu) -> Measurement:
-    shape = tuple(row["shape"])
+    op, dtype, shape = row["op"], row["dtype"], tuple(row["shape"])
     if "utilisation" in row:
-        return Measurement(row["op"], row["dtype"], shape, min(row["utilisation"], 1.0))
-    work = Work(row["op"], row["dtype"], row["flops"], row["bytes"], shape)
-    return Measurement(row["op"], row["dtype"], shape, min(roofline_seconds(work, gpu) / row["seconds"], 1.0))
+        bound = bound_of(gemm(*shape[:3], dtype, shape[3]), gpu) if op in _PRODUCTS else ""
+        return Measurement(op, dtype, shape, min(row["utilisation"], 1.0), bound)
+    work = Work(op, dtype, row["flops"], row["bytes"], shape)
+    return Measurement(op, dtype, shape, min(roofline_seconds(work, gpu) / row["seconds"], 1.0), bound_of(work, gpu))
