@@ -2,7 +2,7 @@
 
 from moe_ep.aot.timeline import Estimates
 from moe_ep.config import ClusterConfig
-from moe_ep.cost.entries import collective_seconds, works_of
+from moe_ep.cost.entries import collective_seconds, compute_seconds
 from moe_ep.cost.kernels import KernelTable, load_table
 from moe_ep.cost.network import NCCL, Fabric, NetworkParameters
 
@@ -24,7 +24,7 @@ def make_estimates(
     fabric = Fabric(gpu, cluster.gpus_per_node, cluster.nics_per_node, cluster.nic_gigabits_per_s * 1e9 / 8)
 
     def compute_s(entry: dict) -> float:
-        return float(sum(kernels.seconds(work, gpu) for work in works_of(entry)))
+        return float(compute_seconds(entry, kernels, gpu))
 
     def network_s(entry: dict) -> float:
         return float(collective_seconds(entry, fabric, network))

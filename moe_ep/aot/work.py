@@ -208,7 +208,9 @@ def _bytes_read(module: Module, inner: Computation, parameter: Instruction) -> f
     for user in inner.users.get(parameter.name, ()):
         if user.opcode == "bitcast":
             read += _bytes_read(module, inner, user)
-        elif user.opcode in _SLICES or (user.opcode == "gather" and user.operands[0] == parameter.name):
+        elif user.opcode in _SLICES:  # of a slice of a slice only the smaller is touched
+            read += min(user.bytes, _bytes_read(module, inner, user)) if inner.users.get(user.name) else user.bytes
+        elif user.opcode == "gather" and user.operands[0] == parameter.name:
             read += user.bytes
         elif user.opcode in _IN_PLACE and user.operands[0] == parameter.name:
             pass

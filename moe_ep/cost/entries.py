@@ -8,16 +8,30 @@ import typing
 import numpy as np
 
 from moe_ep.cost import network
-from moe_ep.cost.kernels import Work, gemm, memory_pass
+from moe_ep.cost.kernels import AssumedKernels, KernelTable, Work, gemm, memory_pass, row_gather, update_pass
 from moe_ep.cost.network import Fabric, NetworkParameters
 from moe_ep.cost.units import Number
+from moe_ep.hardware import Gpu
 
 Entry = dict[str, typing.Any]
 _EXCHANGES = ("all_to_all", "ragged_all_to_all")
+# A named scope of this project -> the pass that it is; of others it is a pass of XLA's.
+_PASSES = {"gather_rows": row_gather, "weighted_sum_rows": row_gather, "update": update_pass}
+
+
+def compute_seconds(
+    entry: Entry, kernels: KernelTable | AssumedKernels, gpu: Gpu, row_share: Number = 1.0
+) -> Number:
+    """Returns the seconds of a compute entry, which is one kernel whatever was fused into it.
+
+    Args:
+      row_share: the share of a product's rows that its kernel does not skip.
+    """
+    return kernels.fused_seconds(works_of(entry, row_share), gpu)
 
 
 def works_of(entry: Entry, row_share: Number = 1.0) -> list[Work]:
-    """Returns a compute entry as kernel calls; bytes beyond the products' own operands are a pass of their own.
+    """Returns what a compute entry does; bytes beyond the products' own operands are a pass of their own.
 
     Args:
       row_share: the share of a product's rows that its kernel does not skip.
@@ -33,7 +47,9 @@ def works_of(entry: Entry, row_share: Number = 1.0) -> list[Work]:
         return [_expert_product(entry, known[0], row_share)]
     products = [gemm(rows, inner, columns, dtype, batch) for rows, columns, inner, batch in known]
     rest = entry["bytes"] - sum(work.bytes for work in products)
-    return products + ([memory_pass(rest)] if rest > 0 else [])
+    scopes = entry.get("scope", "").split("/")
+    make = next((_PASSES[scope] for scope in scopes if scope in _PASSES), memory_pass)
+    return products + ([make(rest)] if rest > 0 else [])
 
 
 def is_experts(entry: Entry) -> bool:

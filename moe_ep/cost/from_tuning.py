@@ -1,12 +1,14 @@
-"""Turns what `moe_ep.bench.tune` and `moe_ep.bench.kernels` measured into the table of this project's kernels.
+"""Turns what the benchmarks measured into the table of this project's kernels.
 
-    python -m moe_ep.cost.from_tuning results/tune_nvidia_h200.json results/kernels_nvidia_h200.json
+    python -m moe_ep.cost.from_tuning DEVICE       such as nvidia_h200: reads results/{tune,kernels,calls,small_kernels}_DEVICE.json
 
-Products bound by compute come from the benchmark, whose contenders take turns on a
-warm card: that is the rate that a whole program sees, 5-9 % below what the tuner's
-short bursts reach before the card's power limit holds them back. Products bound by
-memory are the tuner's; cache reads and passes over memory the benchmark's, as XLA
-makes them; attention comes from the table of anchors, which says where it was measured.
+Products bound by compute come from the benchmark of the kernels, whose contenders take
+turns on a warm card: that is the rate that a whole program sees, 5-9 % below what the
+tuner's short bursts reach before the card's power limit holds them back. Products
+bound by memory are the tuner's. Attention, passes, XLA's products and groups of other
+sizes are the benchmark of calls'; gathers and caches the kernels'. What no kernel goes
+under is the mean over a routing's small kernels. None of these are runs of a program
+that the simulator is compared with.
 """
 
 import json
@@ -15,42 +17,46 @@ import re
 import sys
 import typing
 
-from moe_ep.cost.kernels import TABLES, Work, gemm, memory_pass
+from moe_ep.cost.kernels import TABLES, Work, gemm, row_gather
 
 _ANCHORS = "h200_bf16"
 _OWN = "h200_moe_ep"
 _FORWARD_STEPS = ("hidden", "product")
 _WIDTH, _HIDDEN = 7168, 18432  # of the benchmark's products
 _GROUPED_ROWS = 8192  # all groups together
-_COPY_BYTES = 2.0 * 2 * 2**30
 # Up to so many rows of a group its weights' bytes, not power, set the time.
 _MEMORY_BOUND_ROWS = 512
+
+_COLUMNS = ("op", "dtype", "shape", "flops", "bytes", "seconds", "note")
+_RESULTS = pathlib.Path("results")
 
 Json = dict[str, typing.Any]
 
 
-def table_of(tuning: Json, anchors: Json, benchmark: Json) -> Json:
+def table_of(anchors: Json, tuning: Json, benchmark: Json, calls: Json, small: Json) -> Json:
     """Returns the table of the project's kernels.
 
     Args:
-      tuning: `entries` of a problem (step, groups, rows, depth, columns, inputs) and medians in milliseconds by name.
-      anchors: a kernel table of the same GPU.
-      benchmark: `device`, `date`, `commit`, `versions`, `copy_bytes_per_s`, and `rows` of a name, FLOPs, bytes and
-        contenders' seconds.
+      anchors: a kernel table of the same GPU; its rows stand for operations that nothing else has.
+      tuning: of `moe_ep.bench.tune`: `entries` of a problem and medians in milliseconds by name.
+      benchmark: of `moe_ep.bench.kernels`: `rows` of a name, FLOPs, bytes and contenders' seconds.
+      calls: of `moe_ep.bench.calls`: `rows` of this table's form.
+      small: of `moe_ep.bench.small_kernels`: microseconds of a small kernel.
     """
     tuned = [_tuned(entry) for entry in tuning["entries"] if _is_memory_bound(entry["problem"])]
     measured = [row for entry in benchmark["rows"] for row in _measured(entry)]
-    copy_s = _COPY_BYTES / benchmark["copy_bytes_per_s"]["xla"]
-    rows = tuned + measured + [_row(memory_pass(_COPY_BYTES), copy_s, "copy: xla")]
+    rows = tuned + measured + [{name: row[name] for name in _COLUMNS} for row in calls["rows"]]
     replaced = {row["op"] for row in rows}
+    sources = {"kernels": benchmark, "calls": calls, "small_kernels": small}
     return {
-        **{name: anchors[name] for name in ("format", "gpu", "launch_s")},
+        **{name: anchors[name] for name in ("format", "gpu")},
+        "launch_s": small["us_per_small_kernel"]["command buffers"] * 1e-6,
         "name": _OWN,
         "device": benchmark["device"],
-        "date": benchmark["date"][:10],
-        "commit": benchmark["commit"],
-        "versions": ", ".join(f"{name} {version}" for name, version in benchmark["versions"].items()),
-        "source": "this project's kernels and XLA on one H200, warm; attention: cuDNN figures of arXiv:2407.08608 on H100",
+        "date": max(source["date"] for source in sources.values())[:10],
+        "commits": {name: source["commit"] for name, source in sources.items()},
+        "versions": ", ".join(f"{name} {version}" for name, version in calls["versions"].items()),
+        "source": f"this project's kernels, XLA's and cuDNN's on one {benchmark['device']}, warm",
         "rows": rows + [row for row in anchors["rows"] if row["op"] not in replaced],
     }
 
@@ -105,8 +111,8 @@ def _cache_read(entry: Json, latent: int, rope: int) -> list[Work]:
     return [Work("mla_decode", "bf16", entry["flops"], entry["bytes"], (64, 4096, 128, latent + rope))]
 
 
-def _pass(entry: Json) -> list[Work]:
-    return [memory_pass(entry["bytes"])]
+def _moved_rows(entry: Json) -> list[Work]:
+    return [row_gather(entry["bytes"])]
 
 
 # Name of a benchmark's row -> the calls that its time is shared among.
@@ -117,8 +123,8 @@ _WORKS: dict[str, typing.Callable[..., list[Work]]] = {
     r"grouped_gelu G=(\d+)": _grouped,
     r"grouped_wgrad G=(\d+)": _weight_gradient,
     r"mla_decode (\d+)\+(\d+)": _cache_read,
-    r"gather": _pass,
-    r"combine": _pass,
+    r"gather": _moved_rows,
+    r"combine": _moved_rows,
 }
 
 
@@ -129,13 +135,11 @@ def as_text(table: Json) -> str:
     return head[:-2] + ',\n "rows": [\n' + rows + "\n ]\n}\n"
 
 
-def main(tuning_path: str, benchmark_path: str) -> None:
+def main(device: str) -> None:
     """Writes the table of this project's kernels beside the others."""
-    anchors, tuning, benchmark = (
-        json.loads(pathlib.Path(path).read_text())
-        for path in (TABLES / f"{_ANCHORS}.json", tuning_path, benchmark_path)
-    )
-    table = table_of(tuning, anchors, benchmark)
+    topics = ("tune", "kernels", "calls", "small_kernels")
+    paths = (TABLES / f"{_ANCHORS}.json", *(_RESULTS / f"{topic}_{device}.json" for topic in topics))
+    table = table_of(*(json.loads(path.read_text()) for path in paths))
     (TABLES / f"{_OWN}.json").write_text(as_text(table))
 
 

@@ -187,8 +187,8 @@ def _utilisation(
     place = _logs(shape)
     distances = sorted((_distance(_logs(row.shape), place), row.utilisation) for row in same)
     nearest = distances[:_NEIGHBOURS]
-    if nearest[0][0] < 1e-6:
-        return nearest[0][1], False
+    if exact := [utilisation for distance, utilisation in distances if distance < 1e-6]:
+        return sum(exact) / len(exact), False
     weights = [distance**-2 for distance, _ in nearest]
     mean = sum(weight * value for weight, (_, value) in zip(weights, nearest)) / sum(weights)
     return mean, _is_outside(place, [_logs(row.shape) for row in same])

@@ -28,30 +28,32 @@ _KEPT_TWICE = 3
 _LOGITS = 2 * 4 + (4 + 2)
 
 
-def prefill_passes(model: ModelConfig, tokens: Number, tp: int) -> list[Work]:
-    """Returns the passes of one layer's attention: values padded to the width of keys, which cuDNN wants equal."""
+def prefill_passes(model: ModelConfig, tokens: Number, expanded: Number, tp: int) -> list[Work]:
+    """Returns the passes of one layer's attention: values padded to the width of keys, which cuDNN wants equal, and cut after.
+
+    Args:
+      expanded: rows that keys and values are made of.
+    """
     attention = model.attention
-    return _padded_values(model, tokens * attention.heads / tp) if attention.value_dim < attention.query_dim else []
+    heads, narrow, wide = attention.heads / tp, attention.value_dim, attention.query_dim
+    if narrow >= wide:
+        return []
+    return [memory_pass(expanded * heads * 2 * (narrow + wide)), memory_pass(tokens * heads * 2 * 2 * narrow)]
 
 
 def decode_passes(model: ModelConfig, sequences: Number, context: Number, tp: int) -> list[Work]:
     """Returns the passes of one layer's absorbed attention: the up-projection cut in two; the cache brought together.
 
-    The kernel reads cached rows where they stand; XLA's products want a sequence's rows
-    gathered, and the latent cut from them.
+    Products of one row are sums that read their half where it stands. The kernel reads
+    cached rows where they stand; XLA's products want a sequence's rows gathered, and the
+    latent cut from them.
     """
     attention = model.attention
     up = attention.heads / tp * attention.latent_dim * (attention.nope_dim + attention.value_dim)
+    halves = 2 * 2 * up if sequences > 1 else 0
     cached = sequences * context * attention.cache_dim
     gathered = 0 if (attention.latent_dim, attention.rope_dim) in _KERNEL_CACHES else 2 * 2 * 2 * cached
-    return [memory_pass(2 * 2 * up + gathered)]
-
-
-def _padded_values(model: ModelConfig, rows: Number) -> list[Work]:
-    """Values are padded before the fused attention and cut after it."""
-    attention = model.attention
-    return [memory_pass(rows * 2 * (attention.value_dim + attention.query_dim)),
-            memory_pass(rows * 2 * 2 * attention.value_dim)]  # fmt: skip
+    return [memory_pass(halves + gathered)]
 
 
 def head_width(model: ModelConfig) -> int:
@@ -65,8 +67,13 @@ def gradient_bytes_a_value(summed: bool) -> int:
 
 
 def update_bytes(parameters: Number, summed: bool) -> Number:
-    """Returns the bytes that one update of so many parameters moves: the cast, clipping's norm, Adam."""
-    return parameters * (_CAST + _UPDATE + 2 * gradient_bytes_a_value(summed))
+    """Returns the bytes that one update of so many parameters moves: clipping's norm, Adam."""
+    return parameters * (_UPDATE + 2 * gradient_bytes_a_value(summed))
+
+
+def cast_bytes(parameters: Number) -> Number:
+    """Returns the bytes that the copies of so many parameters move, made once a step for the products."""
+    return parameters * _CAST
 
 
 def pass_bytes(parameters: Number, looped: bool, accumulated: bool, widened: bool) -> Number:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from moe_ep.config import AttentionConfig, ModelConfig
-from moe_ep.cost.kernels import Work, gemm, memory_pass
+from moe_ep.cost.kernels import Work, gemm, memory_pass, row_gather
 from moe_ep.cost.units import Number
 
 
@@ -24,24 +24,32 @@ FP8 = Precision("fp8", 1, 2, 1 + 4 / 128, 2.0)
 
 
 def attention_prefill(
-    model: ModelConfig, tokens: Number, context: Number, precision: Precision, tp: int, value_dim: int | None = None
+    model: ModelConfig, tokens: Number, context: Number, precision: Precision, tp: int, value_dim: int | None = None,
+    paged_keys: int = 0,
 ) -> list[Work]:
     """Returns the forward calls of one layer's attention over whole sequences of `context` tokens, causal.
 
     Args:
       value_dim: of a head as the fused attention computes it, where that pads values.
-    """
+      paged_keys: what a sequence's pages hold, where keys are expanded from them and masked; 0: its own tokens.
+    """  # fmt: skip
     attention, width = model.attention, model.width
-    heads = attention.heads / tp
+    heads, expanded = attention.heads / tp, expanded_rows(tokens, context, paged_keys)
     calls = _query(attention, width, tokens, heads, precision)
     calls.append(gemm(tokens, width, attention.cache_dim, precision.gemm))
     up = heads * (attention.nope_dim + attention.value_dim)
-    calls.append(gemm(tokens, attention.latent_dim, up, precision.gemm))
-    calls.append(attention_core(model, tokens, context, tp, value_dim or attention.value_dim))
+    calls.append(gemm(expanded, attention.latent_dim, up, precision.gemm))
+    core = masked_core if paged_keys else attention_core
+    calls.append(core(model, tokens, paged_keys or context, tp, value_dim or attention.value_dim))
     calls.append(gemm(tokens, heads * attention.value_dim, width, precision.gemm))
     # Queries and keys are put together with their rotary parts; norm, residual and quantised inputs.
-    assembled = tokens * heads * attention.query_dim * 2 * 2 * 2
+    assembled = (tokens + expanded) * heads * attention.query_dim * 2 * 2
     return calls + [memory_pass(assembled), block_pass(model, tokens)]
+
+
+def expanded_rows(tokens: Number, context: Number, paged_keys: int) -> Number:
+    """Returns the rows that keys and values are made of: the tokens, or all that their sequences' pages hold."""
+    return tokens / context * paged_keys if paged_keys else tokens
 
 
 def attention_core(model: ModelConfig, tokens: Number, context: Number, tp: int, value_dim: int) -> Work:
@@ -50,6 +58,12 @@ def attention_core(model: ModelConfig, tokens: Number, context: Number, tp: int,
     head, heads = attention.query_dim + value_dim, attention.heads / tp
     flops = 2 * tokens * heads * head * context / 2
     return Work("attention", "bf16", flops, 2 * tokens * heads * (2 * head), (context, head / 2))
+
+
+def masked_core(model: ModelConfig, tokens: Number, keys: Number, tp: int, value_dim: int) -> Work:
+    """Returns the scores and values of each token with all keys, those that its mask hides too."""
+    causal = attention_core(model, tokens, keys, tp, value_dim)
+    return dataclasses.replace(causal, op="attention_masked", flops=2 * causal.flops)
 
 
 def attention_decode(
@@ -102,7 +116,7 @@ def experts(model: ModelConfig, rows: Number, groups: Number, precision: Precisi
     calls = mlp(width, moe.hidden, moe.activation == "silu_gated", rows, groups, precision)
     # Received rows are compacted (read, write), as are the results on the way back.
     moved = rows * width * 2 * (precision.dispatch_bytes_per_value + 2)
-    return calls + [memory_pass(moved)]
+    return calls + [row_gather(moved)]
 
 
 def mlp(width: int, hidden: int, gated: bool, rows: Number, groups: Number, precision: Precision) -> list[Work]:
@@ -119,7 +133,7 @@ def router(model: ModelConfig, tokens: Number) -> list[Work]:
     """Returns the router's product (float32 on few columns: bound by memory) and the weighted sum of the results."""
     moe, width = model.moe, model.width
     scores = memory_pass(tokens * (width * 2 + moe.num_experts * 4) + width * moe.num_experts * 4)
-    combine = memory_pass(tokens * width * 2 * (moe.top_k + 1))
+    combine = row_gather(tokens * width * 2 * (moe.top_k + 1))
     return [scores, combine]
 
 

@@ -181,8 +181,10 @@ def _attention_calls(scenario: Scenario, tokens: Number) -> list[Work]:
         sequences = tokens * tp / workload.verified
         return calls + (program.decode_passes(model, sequences, workload.context, tp) if compiled else [])
     values = program.head_width(model) if compiled else None
-    calls = work.attention_prefill(model, tokens * tp, workload.context, precision, tp, values)
-    return calls + (program.prefill_passes(model, tokens * tp, tp) if compiled else [])
+    keys = workload.paged_keys
+    calls = work.attention_prefill(model, tokens * tp, workload.context, precision, tp, values, keys)
+    expanded = work.expanded_rows(tokens * tp, workload.context, keys)
+    return calls + (program.prefill_passes(model, tokens * tp, expanded, tp) if compiled else [])
 
 
 def _passes(scenario: Scenario) -> int:

@@ -64,12 +64,15 @@ def _training(record: Row) -> collections.abc.Iterator[Figure]:
     yield f"peak memory of {path}", "GB", run["peak_bytes"] / 1e9, memory
 
 
-def _predicted(config: Config, phase: str, tokens: Number, context: int) -> tuple[Number, Number]:
+def _predicted(
+    config: Config, phase: str, tokens: Number, context: int, paged_keys: int = 0
+) -> tuple[Number, Number]:
     """Returns milliseconds and GB on one GPU, whatever transport and overlap the config has: nothing is sent."""
     sizes = {"phase": phase, "context": context, "tokens_per_gpu": tokens, "sequences_per_gpu": tokens,
              "ignore_memory": True}  # fmt: skip
-    sets = [f"simulate.{name}={value}" for name, value in sizes.items()]
-    prediction = predict(scenario_of(check(apply(config, sets))))
+    scenario = scenario_of(check(apply(config, [f"simulate.{name}={value}" for name, value in sizes.items()])))
+    workload = dataclasses.replace(scenario.workload, paged_keys=paged_keys)
+    prediction = predict(dataclasses.replace(scenario, workload=workload))
     return 1e3 * prediction.step_s, sum(prediction.bytes_per_gpu.values()) / 1e9
 
 
@@ -97,6 +100,10 @@ ENGINE_MODEL = ModelConfig(
 )
 
 
+# Tokens of a page of the engine's cache (moe_ep.bench.engine_load).
+_PAGE = 64
+
+
 def _engine(record: Row) -> collections.abc.Iterator[Figure]:
     """The serving engine's two steps, back to back: whole prompts in chunks, and every slot in mid-completion."""
     if record["devices"] != 1:
@@ -104,12 +111,13 @@ def _engine(record: Row) -> collections.abc.Iterator[Figure]:
     load, config = record["load"], Config(model=ENGINE_MODEL, cluster=ClusterConfig(gpu="h200"), mesh=MeshConfig(1, 1))
     chunk = record["tokens_prefilled"] // record["steps"]["chunk"]
     middle = load["prompt"] + load["new_tokens"] // 2
-    for phase, tokens, context, measured in (
-        ("prefill", chunk, load["prompt"], record["ms_per_chunk_step"]),
-        ("decode", load["slots"], middle, record["ms_per_decode_step"]),
+    paged = -(-(load["prompt"] + load["new_tokens"]) // _PAGE) * _PAGE
+    for phase, tokens, context, keys, measured in (
+        ("prefill", chunk, load["prompt"], paged, record["ms_per_chunk_step"]),
+        ("decode", load["slots"], middle, 0, record["ms_per_decode_step"]),
     ):
         what = f"{phase} step of the engine, {tokens} {_UNITS[phase]}, context {context}"
-        yield what, "ms", measured, _predicted(config, phase, tokens, context)[0]
+        yield what, "ms", measured, _predicted(config, phase, tokens, context, keys)[0]
 
 
 _UNITS = {"prefill": "tokens", "decode": "sequences"}

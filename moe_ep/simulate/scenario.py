@@ -103,6 +103,8 @@ class Workload:
       verified, accepted: tokens of a sequence that a decode step computes and keeps
         (more than one with speculation).
       context: tokens of a sequence (prefill, training), or in the cache (decode).
+      paged_keys: of prefill in a serving engine: tokens that a sequence's pages have room
+        for, which its queries are masked against; 0: its own tokens alone.
       micro_batches: of one training step.
     """
 
@@ -113,6 +115,7 @@ class Workload:
     verified: int = 1
     accepted: Number = 1.0
     micro_batches: int = 1
+    paged_keys: int = 0
 
     @property
     def tokens(self) -> Number:

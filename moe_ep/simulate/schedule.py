@@ -30,7 +30,7 @@ import json
 import typing
 
 from moe_ep.config import ConfigError
-from moe_ep.cost.entries import collective_seconds, is_experts, works_of
+from moe_ep.cost.entries import collective_seconds, compute_seconds, is_experts
 from moe_ep.cost.kernels import AssumedKernels, KernelTable
 from moe_ep.cost.network import Fabric, NetworkParameters
 from moe_ep.cost.units import Number
@@ -121,8 +121,7 @@ def _walk_computation(schedule, name: str, fabric: Fabric, kernels, parameters: 
             body = _walk_computation(schedule, instruction["body"], fabric, kernels, parameters)
             state.scaled_onto(body, instruction.get("trip_count", 1))
         elif kind == "compute":
-            works = works_of(instruction, _row_share(schedule, instruction))
-            seconds = sum(kernels.seconds(work, fabric.gpu) for work in works)
+            seconds = compute_seconds(instruction, kernels, fabric.gpu, _row_share(schedule, instruction))
             state.compute_free += seconds
             state.compute += seconds
         elif kind == "collective_done":

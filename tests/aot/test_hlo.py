@@ -132,6 +132,13 @@ KERNELS = """HloModule kernels, is_scheduled=true
   ROOT %kernel = bf16[64,16]{1,0} custom-call(%q.0, %cut), custom_call_target="mosaic_gpu_v2"
 }
 
+%half_of_a_layer (r.0: bf16[2,4,16,32]) -> bf16[4,16,8] {
+  %r.0 = bf16[2,4,16,32]{3,2,1,0} parameter(0)
+  %r.layer = bf16[1,4,16,32]{3,2,1,0} slice(%r.0), slice={[0:1], [0:4], [0:16], [0:32]}
+  %r.cut = bf16[4,16,32]{2,1,0} bitcast(%r.layer)
+  ROOT %r.half = bf16[4,16,8]{2,1,0} slice(%r.cut), slice={[0:4], [0:16], [0:8]}
+}
+
 ENTRY %main (x: bf16[64,16], d: bf16[64,32], w: bf16[4,16,32], g: bf16[4,16,32], c: bf16[100,8], i: s32[4,1], u: bf16[4,8], s: bf16[2,4,16,32]) -> bf16[64,32] {
   %x = bf16[64,16]{1,0} parameter(0)
   %d = bf16[64,32]{1,0} parameter(1)
@@ -143,6 +150,7 @@ ENTRY %main (x: bf16[64,16], d: bf16[64,32], w: bf16[4,16,32], g: bf16[4,16,32],
   %s = bf16[2,4,16,32]{3,2,1,0} parameter(7)
   %sliced = bf16[64,16]{1,0} fusion(%d, %s), kind=kCustom, calls=%on_a_slice
   %append = bf16[100,8]{1,0} fusion(%c, %i, %u), kind=kInput, calls=%rows_in_place
+  %half = bf16[4,16,8]{2,1,0} fusion(%s), kind=kLoop, calls=%half_of_a_layer
   %back = bf16[64,16]{1,0} custom-call(%d, %w), custom_call_target="mosaic_gpu_v2"
   %weights = bf16[4,16,32]{2,1,0} custom-call(%i, %x, %d), custom_call_target="mosaic_gpu_v2"
   ROOT %forward = bf16[64,32]{1,0} custom-call(%i, %x, %w, %g), custom_call_target="mosaic_gpu_v2"
@@ -169,6 +177,10 @@ def test_expert_kernels_have_a_product_for_each_weight_on_the_rows_with_tokens()
 def test_rows_written_in_place_cost_their_own_bytes_only():
     # Indices, rows read and rows written; not the 100 rows that stay.
     assert kernel_work("append").memory_bytes == 4 * 4 + 4 * 8 * 2 + 4 * 8 * 2
+
+
+def test_of_a_slice_of_a_slice_the_smaller_is_read():
+    assert kernel_work("half").memory_bytes == 2 * 4 * 16 * 8 * 2
 
 
 @pytest.mark.parametrize(
