@@ -6,7 +6,7 @@ import pathlib
 import typing
 
 from moe_ep.config import Config
-from moe_ep.simulate import arithmetic, validation
+from moe_ep.simulate import arithmetic, compiled, validation
 from moe_ep.simulate.predict import predict
 from moe_ep.simulate.reference import NOT, READINGS, REPRODUCED, Row, Setting, row, span
 from moe_ep.simulate.scenario import own_stack
@@ -171,6 +171,7 @@ def recompute(config: Config) -> dict[str, typing.Any]:
     settings = [Setting(config, reading, assumed) for reading in READINGS for assumed in (True, False)]
     rows = [claim(setting) for claim in PER_SETTING for setting in settings]
     rows += [claim(config) for claim in arithmetic.CLAIMS]
+    rows += compiled.recompute(config)
     result = {"rows": rows, "cluster": dataclasses.asdict(config.cluster), "model_layers": config.model.layers}
     result["markdown"] = markdown(result)
     return result
@@ -198,7 +199,8 @@ def markdown(result: dict[str, typing.Any]) -> str:
         "",
         "Written by `python -m moe_ep.run --mode=claims`. Nothing here is measured on a cluster: `simulated` rows come",
         "from the simulator (kernel efficiencies measured on one H200, or the percentages that the source assumes, as",
-        "the reading says), `formula` rows from arithmetic. EP 8 baselines that do not fit 64 GB ignore memory.",
+        "the reading says), `formula` rows from arithmetic, `compiled` ones from programs that XLA compiled for absent GPUs,",
+        "`measured` ones from single kernels on one H200. EP 8 baselines that do not fit 64 GB ignore memory.",
         f"Kernel table: {table.name}, {table.source}, {table.date}. Cluster: {result['cluster']['gpu']}.",
         f"Error bar of a throughput ±{validation.bar_of_phase('prefill'):.0%}, of a ratio ±{validation.fitted()[1]['ratio']:.0%}.",
         "",

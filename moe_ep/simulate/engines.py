@@ -54,15 +54,13 @@ def compare(config: Config, compiled: dict[str, typing.Any]) -> dict[str, Number
 
 def row_share(compiled: dict[str, typing.Any], model: ModelConfig) -> Number:
     """Returns the share of the experts' rows that hold tokens, were routing even: kernels skip the others."""
-    products = _expert_products(compiled, compiled["entry"], 1)
+    products = _expert_products(compiled)
     allocated = sum(times * rows * groups for entry, times in products for rows, _, _, groups in entry["gemms"][:1])
     needed = compiled["tokens_per_gpu"] * model.moe.top_k * model.moe_layers * _PRODUCTS
     return min(needed / allocated, 1.0) if allocated else 1.0
 
 
-def _expert_products(compiled: dict, name: str, times: int) -> typing.Iterator[tuple[dict, int]]:
-    for entry in compiled["computations"][name]:
-        if entry["kind"] in ("loop", "call"):
-            yield from _expert_products(compiled, entry["body"], times * entry.get("trip_count", 1))
-        elif is_experts(entry) and entry.get("gemms") and not entry.get("backward"):
+def _expert_products(compiled: dict) -> typing.Iterator[tuple[dict, int]]:
+    for entry, times in schedule.flat(compiled, compiled["entry"]):
+        if is_experts(entry) and entry.get("gemms") and not entry.get("backward"):
             yield entry, times

@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_ep.config import attention_parameters
 from moe_ep.cost import network, program, work
+from moe_ep.cost import recipe as recipes
 from moe_ep.cost.kernels import Work
 from moe_ep.cost.network import Traffic
 from moe_ep.cost.routing import Routing, buffer_rows, nodes_reached, rows_between, with_busiest
@@ -170,7 +171,19 @@ def attention_seconds(scenario: Scenario, tokens: Number, backward: bool, overla
     calls = _attention_calls(scenario, tokens) + work.router(model, tokens) + [work.block_pass(model, tokens)]
     calls += work.shared_experts(model, tokens, stack.precision)
     launches = program.SMALL_KERNELS * stack.kernels.launch_s if stack.is_compiled else 0.0
-    return with_backward(scenario, calls, backward, overlapped) + launches * (_passes(scenario) if backward else 1)
+    more = _recipe_calls(scenario, tokens) if backward else []
+    seconds = with_backward(scenario, calls, backward, overlapped) + seconds_of(scenario, more, overlapped)
+    return seconds + launches * (_passes(scenario) if backward else 1)
+
+
+def _recipe_calls(scenario: Scenario, tokens: Number) -> list[Work]:
+    """Attention and shared experts; the routed ones are with their own."""
+    recipe, model = scenario.stack.recipe, scenario.model
+    if recipe is None:
+        return []
+    shared = model.moe.shared_experts
+    calls = recipes.attention_backward(recipe, model, tokens * scenario.layout.tp, scenario.layout.tp)
+    return calls + (recipes.experts_backward(recipe, model, tokens * shared, shared) if shared else [])
 
 
 def _attention_calls(scenario: Scenario, tokens: Number) -> list[Work]:
@@ -197,8 +210,16 @@ def expert_seconds(scenario: Scenario, load: LayerLoad, backward: bool, overlapp
     rows = load.rows.sum(axis=0)
     nodes = np.unique(np.maximum([rows.min(), rows.mean(), rows.max()], 1e-9))
     launch = scenario.stack.expert_launch_s * (3 if backward else 1)
-    calls = [work.experts(scenario.model, value, load.active, scenario.stack.precision) for value in nodes]
-    return np.interp(rows, nodes, [with_backward(scenario, each, backward, overlapped) + launch for each in calls])
+    return np.interp(rows, nodes, [_experts_on(scenario, node, load.active, backward, overlapped) + launch for node in nodes])
+
+
+def _experts_on(scenario: Scenario, rows: Number, active: Number, backward: bool, overlapped: bool) -> Number:
+    calls = work.experts(scenario.model, rows, active, scenario.stack.precision)
+    seconds = with_backward(scenario, calls, backward, overlapped)
+    if backward and scenario.stack.recipe:
+        more = recipes.experts_backward(scenario.stack.recipe, scenario.model, rows, active)
+        seconds += seconds_of(scenario, more, overlapped)
+    return seconds
 
 
 def with_backward(scenario: Scenario, calls: list[Work], backward: bool, overlapped: bool) -> Number:

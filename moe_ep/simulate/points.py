@@ -70,7 +70,7 @@ def trace_scenario(parameters: Parameters) -> Scenario:
     layout = Layout(64, 64, overlap="forward_backward", transport="two_level")
     workload = Workload("train", 4096, tokens_per_gpu=4096)
     model = dataclasses.replace(DEEPSEEK_V3, layers=4, dense_layers=0)
-    stack = published.throughput_stack(parameters, parameters.train_factor)
+    stack = published.training_stack(parameters, fp8=True)
     return Scenario(model, published.cluster("h800"), layout, workload, _routing("balanced"), stack)
 
 

@@ -6,6 +6,7 @@ import functools
 from moe_ep.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_ep.cost.kernels import load_table
 from moe_ep.cost.network import Fabric, NetworkParameters
+from moe_ep.cost.recipe import DEEPSEEK, MEGATRON_BF16
 from moe_ep.cost.work import BF16, FP8
 from moe_ep.hardware import GPUS
 from moe_ep.simulate.scenario import Stack
@@ -102,8 +103,8 @@ def cluster(gpu: str, nvlink_domain: int = 8) -> Fabric:
 
 
 def training_stack(parameters: Parameters, fp8: bool) -> Stack:
-    """Returns the throughput stack of a training step, in FP8 or with every product and row in BF16."""
+    """Returns the throughput stack of a training step, as DeepSeek's in FP8 or with every product and row in BF16."""
     stack = throughput_stack(parameters, parameters.train_factor)
     if fp8:
-        return stack
-    return dataclasses.replace(stack, kernels=load_table("h200_bf16"), precision=BF16)
+        return dataclasses.replace(stack, recipe=DEEPSEEK)
+    return dataclasses.replace(stack, kernels=load_table("h200_bf16"), precision=BF16, recipe=MEGATRON_BF16)

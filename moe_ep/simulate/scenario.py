@@ -6,6 +6,7 @@ import functools
 from moe_ep.config import ConfigError, ModelConfig
 from moe_ep.cost import network
 from moe_ep.cost.kernels import AssumedKernels, KernelTable, load_table
+from moe_ep.cost.recipe import Recipe
 from moe_ep.cost.routing import Routing
 from moe_ep.cost.units import Number
 from moe_ep.cost.work import BF16, Precision
@@ -34,6 +35,7 @@ class Stack:
       expert_launch_s: added to each call of the experts (dispatch of three kernels).
       overlap_compute_share: SMs left to compute while communication kernels run.
       is_compiled: this project's programs, with the passes that moe_ep/cost/program.py counts.
+      recipe: of a published system that trains; moe_ep/cost/recipe.py counts its passes.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Stack:
     expert_launch_s: Number = 0.0
     overlap_compute_share: Number = 1.0
     is_compiled: bool = False
+    recipe: Recipe | None = None
 
 
 @functools.lru_cache(maxsize=None)

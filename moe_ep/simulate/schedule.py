@@ -113,6 +113,17 @@ def walk(
     }
 
 
+def flat(
+    schedule: dict[str, typing.Any], name: str, times: int = 1
+) -> typing.Iterator[tuple[dict[str, typing.Any], int]]:
+    """Yields the instructions of a computation and of those that it runs, with how often each is executed."""
+    for entry in schedule["computations"][name]:
+        if entry["kind"] in ("loop", "call"):
+            yield from flat(schedule, entry["body"], times * entry.get("trip_count", 1))
+        else:
+            yield entry, times
+
+
 def _walk_computation(schedule, name: str, fabric: Fabric, kernels, parameters: NetworkParameters) -> Walk:
     state = Walk()
     for instruction in schedule["computations"][name]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_ep.cost.from_tuning import as_text, table_of
-from moe_ep.cost.kernels import TABLES, AssumedKernels, gemm, load_table, memory_pass, roofline_seconds
+from moe_ep.cost.kernels import TABLES, AssumedKernels, Measurement, gemm, load_table, memory_pass, roofline_seconds
 from moe_ep.hardware import GPUS
 
 TABLE = load_table("h200_bf16")
@@ -79,25 +79,45 @@ TUNING = {
         {"problem": problem("weight_gradient", 1, 64), "milliseconds": {"dense": 1.0}},
     ],
 }  # fmt: skip
-BENCHMARK = {
-    "device": "NVIDIA H200", "date": "2026-11-24T00:00:00", "commit": "abc", "versions": {"jax": "0"},
-    "copy_bytes_per_s": {"xla": 3e12, "torch": 4e12},
+MEASURED = {"device": "NVIDIA H200", "date": "2026-11-24T00:00:00", "commit": "abc", "versions": {"jax": "0"}}
+BENCHMARK = MEASURED | {
     "rows": [
         {"row": "grouped_gelu G=8", "flops": 1.0, "bytes": 0.0, "contenders": contenders(ours=3.4, loop_of_mm=3.3)},
         {"row": "grouped_wgrad G=8", "flops": 1.0, "bytes": 0.0, "contenders": contenders(ours=3.5)},
         {"row": "mlp_forward M=4096", "flops": 1.0, "bytes": 0.0, "contenders": contenders(ours=3.2, xla=3.1)},
         {"row": "mla_decode 512+64", "flops": 1e9, "bytes": 1e8, "contenders": contenders(ours=0.1, xla=0.2, torch=0.05)},
+        {"row": "gather", "flops": 0.0, "bytes": 1e9, "contenders": contenders(ours=0.25, xla=0.5)},
         {"row": "half_valid_buffer", "flops": 1.0, "bytes": 0.0, "contenders": contenders(ours=1.0)},
     ],
+}
+CALLS = MEASURED | {
+    "date": "2026-11-25T00:00:00",
+    "rows": [
+        {"op": "memory", "dtype": "bf16", "shape": [3e9], "flops": 0.0, "bytes": 3e9, "seconds": 1e-3, "note": "negated",
+         "spread": 0.1, "power": None},
+        {"op": "attention", "dtype": "bf16", "shape": [2048, 120], "flops": 4e11, "bytes": 1e9, "seconds": 1e-3,
+         "note": "causal", "spread": 0.1, "power": None},
+    ],
 }  # fmt: skip
+SMALL = MEASURED | {"us_per_small_kernel": {"command buffers": 1.5, "one by one": 3.0}}
 
 
 @pytest.fixture(scope="module")
-def own_rows() -> dict[tuple, dict]:
-    table = table_of(TUNING, json.loads((TABLES / "h200_bf16.json").read_text()), BENCHMARK)
+def own_table() -> dict:
+    table = table_of(json.loads((TABLES / "h200_bf16.json").read_text()), TUNING, BENCHMARK, CALLS, SMALL)
     assert json.loads(as_text(table)) == table
-    assert table["device"] == "NVIDIA H200" and table["date"] == "2026-11-24"
-    return {(row["op"], *row["shape"]): row for row in table["rows"]}
+    return table
+
+
+@pytest.fixture(scope="module")
+def own_rows(own_table) -> dict[tuple, dict]:
+    return {(row["op"], *row["shape"]): row for row in own_table["rows"]}
+
+
+def test_a_table_says_what_it_was_made_of(own_table):
+    assert own_table["device"] == "NVIDIA H200" and own_table["date"] == "2026-11-25"
+    assert own_table["commits"] == {"kernels": "abc", "calls": "abc", "small_kernels": "abc"}
+    assert own_table["launch_s"] == pytest.approx(1.5e-6)
 
 
 def test_products_bound_by_compute_are_the_warm_benchmarks_and_others_the_tuners(own_rows):
@@ -112,12 +132,35 @@ def test_a_row_of_two_products_is_shared_and_the_faster_of_ours_and_xla_counts(o
     assert own_rows["mla_decode", 64, 4096, 128, 576]["seconds"] == pytest.approx(0.1e-3)
 
 
-def test_passes_are_as_fast_as_xlas_copy_and_the_rest_is_the_anchors(own_rows):
-    (copy,) = (row for key, row in own_rows.items() if key[0] == "memory")
-    assert copy["bytes"] / copy["seconds"] == pytest.approx(3e12)
-    assert {key[0] for key in own_rows} >= {"attention", "attention_backward"}
+def test_rows_moved_by_a_kernel_say_nothing_of_xlas_passes(own_rows):
+    (one,) = (row for key, row in own_rows.items() if key[0] == "memory")
+    assert one["seconds"] == 1e-3 and "spread" not in one
+    assert own_rows["row_gather", 1e9]["seconds"] == pytest.approx(0.25e-3)
+
+
+def test_what_no_benchmark_has_is_the_anchors_and_what_one_has_is_not(own_rows):
+    assert [key for key in own_rows if key[0] == "attention"] == [("attention", 2048, 120)]
+    assert any(key[0] == "attention_backward" for key in own_rows)
 
 
 def test_a_weight_gradient_without_rows_takes_the_grouped_products_utilisation():
     product = gemm(1024, 7168, 18432, "bf16", 8)
     assert TABLE.seconds(product.of_weight_gradient(), GPUS["h200"]) == TABLE.seconds(product, GPUS["h200"])
+
+
+def test_rows_bound_by_the_other_side_of_the_roofline_are_not_asked():
+    """At 64 rows a group reading the weights sets the time, at 4096 the products do."""
+    reads = Measurement("grouped_gemm", "bf16", (64, 7168, 18432, 8), 0.9, "memory")
+    multiplies = Measurement("grouped_gemm", "bf16", (4096, 7168, 18432, 8), 0.6, "compute")
+    table, gpu = dataclasses.replace(TABLE, rows=(reads, multiplies)), GPUS["h200"]
+    for rows, utilisation in ((16, 0.9), (180, 0.9), (300, 0.6), (1024, 0.6)):
+        work = gemm(rows, 7168, 18432, "bf16", 8)
+        assert table.seconds(work, gpu) == pytest.approx(roofline_seconds(work, gpu) / utilisation)
+
+
+def test_what_is_fused_into_a_kernel_is_launched_with_it():
+    gpu, product, little = GPUS["h200"], gemm(8192, 7168, 18432, "bf16"), memory_pass(4.0)
+    apart = TABLE.seconds(product, gpu) + TABLE.seconds(little, gpu)
+    assert apart - TABLE.fused_seconds([product, little], gpu) == pytest.approx(TABLE.launch_s, rel=1e-3)
+    assert TABLE.fused_seconds([little, little], gpu) == TABLE.launch_s
+    assert TABLE.fused_seconds([], gpu) == 0.0

@@ -1,4 +1,4 @@
-"""Compiles the programs that the simulator is held against and records their schedules and memory in data/.
+"""Compiles the programs that the simulator is held against and records their schedules and memory beside it.
 
     python tests/simulate/record.py [NAME ...]        (after scripts/setup cuda12; all of them take minutes, no GPU)
 
@@ -7,14 +7,13 @@ run this after a change of the programs, and see what moved.
 """
 
 import json
-import pathlib
 import sys
 
 from moe_ep.aot.compile import compile_program
 from moe_ep.config import check
 from moe_ep.override import apply, load
+from moe_ep.simulate.compiled import FOLDER
 
-DATA = pathlib.Path(__file__).parent / "data"
 # Name -> config, settings. Of those in MEMORY_ONLY the schedule is not kept.
 PROGRAMS = {
     "train_single": ("single_gpu", ("aot.program=train", "aot.context=2048", "aot.tokens_per_gpu=16384")),
@@ -40,7 +39,7 @@ def record(name: str) -> dict:
     config, settings = PROGRAMS[name]
     compiled = compile_program(check(apply(load(f"configs/{config}.py"), settings)))
     if name not in MEMORY_ONLY:
-        (DATA / f"{name}.json").write_text(as_text(compiled.schedule))
+        (FOLDER / f"{name}.json").write_text(as_text(compiled.schedule))
     memory = compiled.memory
     return {"config": config, "settings": settings, "arguments": memory.arguments, "outputs": memory.outputs,
             "temporaries": memory.temporaries, "total": memory.total}  # fmt: skip
@@ -58,7 +57,7 @@ def as_text(schedule: dict) -> str:
 
 def main(names: list[str]) -> None:
     """Records the programs named, or all of them; the figures of the others stay."""
-    path = DATA / "memory.json"
+    path = FOLDER / "memory.json"
     figures = json.loads(path.read_text()) if names else {}
     for name in names or PROGRAMS:
         figures[name] = record(name)

@@ -169,6 +169,19 @@ def test_claims_have_every_key_and_reading(ledger):
     assert "| claim | source |" in table(ledger)
 
 
+def test_every_claim_says_whether_it_is_measured_compiled_or_simulated(ledger):
+    assert {row["kind"].split(",")[0] for row in ledger["rows"]} == {"measured", "compiled", "simulated"}
+    rows = {(row["claim"], row["reading"].split(",")[0]): row for row in ledger["rows"] if row["kind"] == "compiled"}
+    assert rows["one expert per GPU fits the GPU, as compiled", "either"]["verdict"] == "reproduced"
+    assert rows["communication hidden, as compiled", "NIC per GPU"]["verdict"] == "reproduced"
+    assert rows["communication hidden, as compiled", "NIC per node"]["verdict"] == "not reproduced"
+
+
+def test_the_balancers_rate_settles_few_experts_and_swings_many(ledger):
+    (row,) = (row for row in ledger["rows"] if row["claim"] == "balancing rate")
+    assert row["verdict"] == "reproduced only if E=16" and "E=128" in row["value"]
+
+
 def test_claims_agree_with_first_principles(ledger):
     rows = {(row["claim"], row["reading"]): row for row in ledger["rows"]}
     constants = "NIC per node, source’s constants"

@@ -18,10 +18,7 @@ def rows() -> list[dict]:
 def test_every_recorded_step_is_predicted_within_the_goal(rows):
     kinds = {row["what"].split(" step")[0].split(",")[0] for row in rows}
     assert {"one MoE layer", "prefill", "decode"} <= kinds
-    missed = [row["what"] for row in rows if abs(row["residual"]) > GOAL]
-    # 10.4 % too slow (results/LOG.md): small kernels are charged a launch longer than this card's.
-    assert missed == ["decode, 32 sequences, context 4096, uniform routing, configs/serve_single_gpu.py"], rows
-    assert max(abs(row["residual"]) for row in rows) < 0.11
+    assert not [row for row in rows if abs(row["residual"]) > GOAL]
 
 
 def test_measured_memory_is_predicted_within_three_percent(rows):

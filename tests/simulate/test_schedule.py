@@ -1,7 +1,5 @@
 """The engine that walks compiled schedules, by hand on small ones."""
 
-import pathlib
-
 import pytest
 
 from moe_ep.config import Config, ConfigError
@@ -9,10 +7,10 @@ from moe_ep.cost.kernels import AssumedKernels
 from moe_ep.cost.network import NetworkParameters
 from moe_ep.override import apply
 from moe_ep.simulate import schedule
+from moe_ep.simulate.compiled import FOLDER
 from moe_ep.simulate.from_config import fabric_of
 from moe_ep.simulate.main import simulate
 
-DATA = pathlib.Path(__file__).parent / "data"
 FABRIC = fabric_of(Config().cluster)
 PEAK = AssumedKernels(mfu=1.0, memory_efficiency=1.0)
 LINES = NetworkParameters("lines", "line rate, no latency", nic_efficiency=1.0, nvlink_efficiency=1.0, latency_s=0.0)
@@ -80,7 +78,7 @@ def test_products_take_their_shapes_and_empty_expert_rows_are_skipped():
 
 
 def test_a_schedule_is_walked_from_the_config(tmp_path):
-    path = DATA / "prefill_16_none.json"
+    path = FOLDER / "prefill_16_none.json"
     result = simulate(apply(Config(), [f"simulate.schedule={path}"]), tmp_path)
     assert result["gpus"] == 16 and result["tokens_per_s_per_gpu"] > 0
     (tmp_path / "other.json").write_text("{}")
