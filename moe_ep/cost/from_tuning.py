@@ -1,14 +1,14 @@
 """Turns what the benchmarks measured into the table of this project's kernels.
 
-    python -m moe_ep.cost.from_tuning DEVICE       such as nvidia_h200: reads results/{tune,kernels,calls,small_kernels}_DEVICE.json
+    python -m moe_ep.cost.from_tuning DEVICE       such as nvidia_h200: reads results/{tune,kernels,small_kernels}_DEVICE.json
 
 Products bound by compute come from the benchmark of the kernels, whose contenders take
 turns on a warm card: that is the rate that a whole program sees, 5-9 % below what the
 tuner's short bursts reach before the card's power limit holds them back. Products
-bound by memory are the tuner's. Attention, passes, XLA's products and groups of other
-sizes are the benchmark of calls'; gathers and caches the kernels'. What no kernel goes
-under is the mean over a routing's small kernels. None of these are runs of a program
-that the simulator is compared with.
+bound by memory are the tuner's; caches, rows moved by index and a pass as XLA makes it
+the benchmark's. What no kernel goes under is the mean over a routing's small kernels.
+Attention comes from the table of anchors, which says where it was measured. None of
+these is a run that the simulator is compared with.
 """
 
 import json
@@ -17,46 +17,45 @@ import re
 import sys
 import typing
 
-from moe_ep.cost.kernels import TABLES, Work, gemm, row_gather
+from moe_ep.cost.kernels import TABLES, Work, gemm, memory_pass, row_gather
 
 _ANCHORS = "h200_bf16"
 _OWN = "h200_moe_ep"
 _FORWARD_STEPS = ("hidden", "product")
 _WIDTH, _HIDDEN = 7168, 18432  # of the benchmark's products
 _GROUPED_ROWS = 8192  # all groups together
+_COPY_BYTES = 2.0 * 2 * 2**30
 # Up to so many rows of a group its weights' bytes, not power, set the time.
 _MEMORY_BOUND_ROWS = 512
 
-_COLUMNS = ("op", "dtype", "shape", "flops", "bytes", "seconds", "note")
 _RESULTS = pathlib.Path("results")
 
 Json = dict[str, typing.Any]
 
 
-def table_of(anchors: Json, tuning: Json, benchmark: Json, calls: Json, small: Json) -> Json:
+def table_of(anchors: Json, tuning: Json, benchmark: Json, small: Json) -> Json:
     """Returns the table of the project's kernels.
 
     Args:
       anchors: a kernel table of the same GPU; its rows stand for operations that nothing else has.
       tuning: of `moe_ep.bench.tune`: `entries` of a problem and medians in milliseconds by name.
       benchmark: of `moe_ep.bench.kernels`: `rows` of a name, FLOPs, bytes and contenders' seconds.
-      calls: of `moe_ep.bench.calls`: `rows` of this table's form.
       small: of `moe_ep.bench.small_kernels`: microseconds of a small kernel.
     """
     tuned = [_tuned(entry) for entry in tuning["entries"] if _is_memory_bound(entry["problem"])]
     measured = [row for entry in benchmark["rows"] for row in _measured(entry)]
-    rows = tuned + measured + [{name: row[name] for name in _COLUMNS} for row in calls["rows"]]
+    copy_s = _COPY_BYTES / benchmark["copy_bytes_per_s"]["xla"]
+    rows = tuned + measured + [_row(memory_pass(_COPY_BYTES), copy_s, "copy: xla")]
     replaced = {row["op"] for row in rows}
-    sources = {"kernels": benchmark, "calls": calls, "small_kernels": small}
     return {
         **{name: anchors[name] for name in ("format", "gpu")},
         "launch_s": small["us_per_small_kernel"]["command buffers"] * 1e-6,
         "name": _OWN,
         "device": benchmark["device"],
-        "date": max(source["date"] for source in sources.values())[:10],
-        "commits": {name: source["commit"] for name, source in sources.items()},
-        "versions": ", ".join(f"{name} {version}" for name, version in calls["versions"].items()),
-        "source": f"this project's kernels, XLA's and cuDNN's on one {benchmark['device']}, warm",
+        "date": max(benchmark["date"], small["date"])[:10],
+        "commits": {"kernels": benchmark["commit"], "small_kernels": small["commit"]},
+        "versions": ", ".join(f"{name} {version}" for name, version in benchmark["versions"].items()),
+        "source": "this project's kernels and XLA on one H200, warm; attention: cuDNN figures of arXiv:2407.08608 on H100",
         "rows": rows + [row for row in anchors["rows"] if row["op"] not in replaced],
     }
 
@@ -137,7 +136,7 @@ def as_text(table: Json) -> str:
 
 def main(device: str) -> None:
     """Writes the table of this project's kernels beside the others."""
-    topics = ("tune", "kernels", "calls", "small_kernels")
+    topics = ("tune", "kernels", "small_kernels")
     paths = (TABLES / f"{_ANCHORS}.json", *(_RESULTS / f"{topic}_{device}.json" for topic in topics))
     table = table_of(*(json.loads(path.read_text()) for path in paths))
     (TABLES / f"{_OWN}.json").write_text(as_text(table))
