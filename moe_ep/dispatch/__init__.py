@@ -5,9 +5,12 @@ A transport is a file of functions with one signature each; `TRANSPORTS` is the 
 calls the stages itself: those with collectives stand apart from those without.
 """
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
+
+import jax
 
 from moe_ep.dispatch import all_gather, all_to_all, ragged
 from moe_ep.dispatch.exchange import DispatchCounts, Exchange, make_exchange, sum_counts
@@ -28,6 +31,7 @@ class Transport(NamedTuple):
     combine(came_back, weights, plan, exchange) -> token rows
     queue_rows(exchange) -> rows that a buffer holds
     network_rows(exchange, width, rows_away) -> rows that a device sends to others, of the `rows_away` it has for them
+    PLANS_ALONE: whether `plan` needs nothing of other devices
     """
 
     plan: Callable[..., Any]
@@ -39,6 +43,7 @@ class Transport(NamedTuple):
     combine: Callable[..., TokenRows]
     queue_rows: Callable[[Exchange], int]
     network_rows: Callable[[Exchange, int, float], float]
+    PLANS_ALONE: bool
 
     def send(self, tokens: TokenRows, plan: Any, exchange: Exchange) -> list[Any]:
         """Sends tokens to their experts and lays them out there."""
@@ -53,7 +58,19 @@ class Transport(NamedTuple):
 
 
 def _transport(module: ModuleType) -> Transport:
-    return Transport(*(getattr(module, stage) for stage in Transport._fields))
+    stages = Transport(*(getattr(module, name) for name in Transport._fields))
+    return stages._replace(receive=_at_experts(stages.receive), pack_back=_at_experts(stages.pack_back))
+
+
+def _at_experts(stage: Callable) -> Callable:
+    """Names what is done between the two exchanges, beside the experts' own products."""
+
+    @functools.wraps(stage)
+    def named(*arguments: Any) -> Any:
+        with jax.named_scope("expert_rows"):
+            return stage(*arguments)
+
+    return named
 
 
 TRANSPORTS = {

@@ -23,6 +23,8 @@ from moe_ep.shapes import Choices, Rows, TokenRows, Weights
 
 _NOWHERE = jnp.iinfo(jnp.int32).max  # out of range of any buffer: reads zeros
 
+PLANS_ALONE = False
+
 
 EveryonesRows = Float[Array, "T D"]  # of all devices' tokens
 

@@ -23,6 +23,8 @@ from moe_ep.shapes import Choices, Rows, TokenRows, Weights
 # A count travels as base-128 digits: whole numbers up to 256 are exact in bfloat16.
 _DIGIT_BASE, _DIGITS = 128, 3
 
+PLANS_ALONE = True  # what receivers must know travels with the rows
+
 
 class Plan(NamedTuple):
     """Where each assignment stands in the buffers of all slices, [slice, destination, row] flattened."""

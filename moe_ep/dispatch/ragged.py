@@ -24,6 +24,8 @@ from moe_ep.mesh import EXPERT, vary
 from moe_ep.shapes import Choices, Rows, TokenRows, Weights
 
 
+PLANS_ALONE = False
+
 SortedRows = Float[Array, "A D"]  # one row an assignment, in the order of their expert
 
 

@@ -8,12 +8,13 @@ Per layer, four pairs of an exchange and the work that covers it:
     combine(first)                    experts (second)
 
 A barrier after each pair keeps the compiler from pulling the pairs apart. A pair has
-the collective alone on one side, rows being packed before and laid out after: small
-kernels between the barriers and the collective would leave the scheduler, which is
-greedy, nothing but them to put over it. A barrier transposes to a barrier, so the
-backward pass has the same pairs in reverse. A body needs the weights of its own layer
-only, so the stack is scanned as it is. The first combine moves zeros: nothing has been
-computed for it yet.
+the collective alone on one side: small kernels between the barriers and the collective
+would leave the scheduler, which is greedy, nothing but them to put over it. Router, plan
+and packing stand in attention's pair, unless the plan itself needs a collective, which
+would queue behind the exchange: then they stand behind the pair. A barrier transposes
+to a barrier, so the backward pass has the same pairs in reverse. A body needs the
+weights of its own layer only, so the stack is scanned as it is. The first combine moves
+zeros: nothing has been computed for it yet.
 """
 
 import dataclasses
@@ -149,21 +150,19 @@ class _Body:
         first, second, computed, state = carry
         block, bias, replays, extras = layer
         stages, experts = self.exchanger, block.moe.experts
+        end_pair = _route_and_end_pair if stages.transport.PLANS_ALONE else _end_pair_and_route
         with jax.named_scope("moe"):
             came_back = stages.move_back(computed)
         first, kept, state = self.attend(block.first, first, extras[0], state)
-        came_back, first = _end_pair(came_back, first)
-        first, routed, report = self._route(block, first, bias, replays[0])
-        # The counts that a transport gathers here must not queue behind the next pair's exchange.
-        came_back, routed = jax.lax.optimization_barrier((came_back, routed))
+        came_back, (first, routed, report) = end_pair(came_back, first, lambda x: self._route(block, x, bias, replays[0]))
 
         with jax.named_scope("moe"):
             second = stages.add(second, came_back, computed)
             arrived = stages.move(routed)
         second, second_kept, state = self.attend(block.first, second, extras[1], state)
-        arrived, second = _end_pair(arrived, second)
-        second, second_routed, second_report = self._route(block, second, bias, replays[1])
-        arrived, second_routed = jax.lax.optimization_barrier((arrived, second_routed))
+        arrived, (second, second_routed, second_report) = end_pair(
+            arrived, second, lambda x: self._route(block, x, bias, replays[1])
+        )
 
         with jax.named_scope("moe"):
             second_arrived = stages.move(second_routed)
@@ -200,6 +199,20 @@ def _end_pair(moved: Any, work: Any) -> tuple[Any, Any]:
     # would end the exchange first.
     moved, _ = jax.lax.optimization_barrier((moved, work))
     return jax.lax.optimization_barrier((jax.tree.map(crossed, moved), work))
+
+
+def _route_and_end_pair(moved: Any, x: Activations, route: Callable) -> tuple[Any, Any]:
+    x, routed, report = route(x)
+    moved, (x, routed) = _end_pair(moved, (x, routed))
+    return moved, (x, routed, report)
+
+
+def _end_pair_and_route(moved: Any, x: Activations, route: Callable) -> tuple[Any, Any]:
+    """What a plan gathers must not queue behind the next pair's exchange either."""
+    moved, x = _end_pair(moved, x)
+    x, routed, report = route(x)
+    moved, routed = jax.lax.optimization_barrier((moved, routed))
+    return moved, (x, routed, report)
 
 
 def _merge_reports(first: MoEReport, second: MoEReport) -> MoEReport:
