@@ -72,8 +72,8 @@ def coverage_table(timeline: Timeline) -> str:
     """Returns, for every collective, the work that runs between its start and its done."""
     lines = ["what runs between start and done (predicted ms; the three longest)"]
     for transfer in timeline.transfers:
-        longest = sorted(transfer.covered_by, key=lambda work: -work[3])[:3]
-        works = ", ".join(f"{op} {scope} {seconds * 1e3:.3f}" for _, op, scope, seconds in longest) or "nothing"
+        longest = sorted(transfer.covered_by, key=lambda work: -work.seconds)[:3]
+        works = ", ".join(f"{work.op} {work.scope} {work.seconds * 1e3:.3f}" for work in longest) or "nothing"
         side = " (backward)" if transfer.backward else ""
         lines.append(f"  {transfer.count:>4} x {transfer.scope or transfer.op}{side}: {works}")
     return "\n".join(lines)

@@ -9,11 +9,12 @@ where that one queued behind another.
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 # The stages whose traffic is the experts': what `hidden_share` is about.
 EXCHANGE_SCOPES = ("dispatch", "combine", "exchange")
-# The two halves of a MoE layer that an exchange can hide behind, by their scope.
-SIDES = ("attention", "experts")
+# Of a MoE layer what stands between its dispatch and its combine; the rest stands between combine and dispatch.
+EXPERTS_SCOPES = ("experts", "expert_rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +37,18 @@ class Event:
     start_s: float
     end_s: float
 
+
+class Work(NamedTuple):
+    """Compute of one execution of a computation, loops within it included."""
+
+    name: str
+    op: str
+    scope: str
+    seconds: float
+
     @property
-    def side(self) -> str:
-        """Of a compute event: which half of a MoE layer it belongs to, or neither (norms, router, packing)."""
-        names = self.scope.split("/")
-        return next((side for side in SIDES if side in names), "")
+    def is_experts(self) -> bool:
+        return any(name in EXPERTS_SCOPES for name in self.scope.split("/"))
 
 
 @dataclasses.dataclass
@@ -60,8 +68,7 @@ class Transfer:
     group_size: int
     seconds: float  # all executions
     exposed_s: float
-    # (name, op, scope, seconds) of the compute between its start and its done, one execution.
-    covered_by: list[tuple[str, str, str, float]]
+    covered_by: list[Work]  # between its start and its done, one execution
 
     @property
     def sent_bytes(self) -> float:
@@ -75,7 +82,7 @@ class Transfer:
     @property
     def has_products_between(self) -> bool:
         """Whether matrix work is issued between the start and the done."""
-        return any(op in ("gemm", "grouped_gemm", "attention") for _, op, _, _ in self.covered_by)
+        return any(work.op in ("gemm", "grouped_gemm", "attention") for work in self.covered_by)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,27 +93,30 @@ class Timeline:
     compute_s: float
     transfers: list[Transfer]
     events: list[Event]
+    work: dict[str, list[Work]]  # by computation
 
     def bound(self) -> float:
-        """Returns the most of dispatch and combine that half a batch's attention or experts can stand over.
+        """Returns the most of dispatch and combine that these bytes let this compute hide, at least `hidden_share`.
 
-        In every loop body half of the exchange has attention to hide behind and half
-        has the experts, as in moe_ep.model.staggered; what exceeds them is exposed in
-        any order. Up to two exchanges outside a loop, the ends of the stack, count as hidden.
+        In each computation, of a loop its body, two half batches can hide half of the
+        exchange behind what stands between dispatch and combine and half behind the rest,
+        as far as the seconds of each go (moe_ep.model.staggered). Where a schedule puts
+        more than that between its starts and dones, as it may with the gradients of
+        weights, that can be hidden as well.
         """
         exchanges = [t for t in self.transfers if t.is_exchange]
         total = sum(t.seconds for t in exchanges)
-        bodies = [t.body for t in exchanges]
-        exposed = sum(self._uncoverable_s(t.body) for t in {t.body: t for t in exchanges}.values()
-                      if t.count > 1 or bodies.count(t.body) > 2)  # fmt: skip
-        return 1.0 - exposed / total if total else 1.0
+        bodies = {t.body for t in exchanges}
+        coverable = sum(self._coverable_s(body, [t for t in exchanges if t.body == body]) for body in bodies)
+        return coverable / total if total else 1.0
 
-    def _uncoverable_s(self, body: str) -> float:
-        exchanges = [t for t in self.transfers if t.is_exchange and t.body == body]
-        half = sum(t.seconds for t in exchanges) / 2
-        work = [(e.side, e.end_s - e.start_s) for e in self.events if e.lane == "compute" and e.body == body]
-        covers = [exchanges[0].count * sum(seconds for side, seconds in work if side == wanted) for wanted in SIDES]
-        return sum(max(0.0, half - cover) for cover in covers)
+    def _coverable_s(self, body: str, exchanges: list[Transfer]) -> float:
+        count, half = exchanges[0].count, sum(t.seconds for t in exchanges) / 2
+        sides = [count * sum(work.seconds for work in self.work[body] if work.is_experts is side) for side in (True, False)]
+        halves = sum(min(half, seconds) for seconds in sides)
+        # The network carries a transfer only between its start and its done: no more of it is hidden than this.
+        scheduled = sum(min(t.seconds, t.count * sum(work.seconds for work in t.covered_by)) for t in exchanges)
+        return max(halves, scheduled)
 
     @property
     def network_s(self) -> float:
@@ -123,7 +133,7 @@ def walk(schedule: dict, estimates: Estimates) -> Timeline:
     """Returns the predicted timeline of a schedule (see moe_ep.aot.schedule)."""
     walker = _Walker(schedule["computations"], estimates)
     step_s = walker.walk(schedule["entry"], 0.0, 1)
-    return Timeline(step_s, walker.compute_s, walker.transfers, walker.events)
+    return Timeline(step_s, walker.compute_s, walker.transfers, walker.events, walker.work)
 
 
 class _Walker:
@@ -131,6 +141,7 @@ class _Walker:
         self.computations, self.estimates = computations, estimates
         self.transfers: list[Transfer] = []
         self.events: list[Event] = []
+        self.work: dict[str, list[Work]] = {}
         self.compute_s = 0.0
         self.network_free_s = 0.0
         self.lane: list[tuple[Transfer, float, float]] = []  # what the network carries, from when to when
@@ -138,10 +149,11 @@ class _Walker:
     def walk(self, name: str, now: float, times: int) -> float:
         """Walks a computation that runs `times` times in a step; returns when its first run ends."""
         flying: dict[str, tuple[Transfer, float]] = {}
+        self.work[name] = []
         for entry in self.computations[name]:
-            kind = entry["kind"]
+            kind, done = entry["kind"], []
             if kind == "compute":
-                now = self._compute(entry, name, now, times, [transfer for transfer, _ in flying.values()])
+                now, done = self._compute(entry, name, now, times)
             elif kind == "collective_start":
                 flying[entry["name"]] = self._start(entry, name, now, times)
             elif kind == "collective":
@@ -150,24 +162,27 @@ class _Walker:
             elif kind == "collective_done":
                 now = self._wait(flying.pop(entry["start"])[1], now)
             else:
-                now = self._enter(entry, now, times)
+                now, done = self._enter(entry, now, times)
+            self.work[name] += done
+            for transfer, _ in flying.values():
+                transfer.covered_by += done
         return now
 
-    def _enter(self, entry: dict, now: float, times: int) -> float:
+    def _enter(self, entry: dict, now: float, times: int) -> tuple[float, list[Work]]:
         trips = entry.get("trip_count", 1)
         if trips == 0:
-            return now
+            return now, []
         end = self.walk(entry["body"], now, times * trips)
         self.network_free_s += (trips - 1) * (end - now)
-        return now + trips * (end - now)
+        done = [work._replace(seconds=trips * work.seconds) for work in self.work[entry["body"]]]
+        return now + trips * (end - now), done
 
-    def _compute(self, entry: dict, body: str, now: float, times: int, flying: list[Transfer]) -> float:
-        seconds = self.estimates.compute_s(entry)
-        self.compute_s += seconds * times
-        for transfer in flying:
-            transfer.covered_by.append((entry["name"], entry["op"], entry["scope"], seconds))
-        self.events.append(Event("compute", entry["name"], entry["op"], entry["scope"], body, now, now + seconds))
-        return now + seconds
+    def _compute(self, entry: dict, body: str, now: float, times: int) -> tuple[float, list[Work]]:
+        work = Work(entry["name"], entry["op"], entry["scope"], self.estimates.compute_s(entry))
+        end = now + work.seconds
+        self.compute_s += work.seconds * times
+        self.events.append(Event("compute", work.name, work.op, work.scope, body, now, end))
+        return end, [work]
 
     def _start(self, entry: dict, body: str, now: float, times: int) -> tuple[Transfer, float]:
         seconds = self.estimates.network_s(entry)

@@ -58,8 +58,8 @@ def test_full_size_presets_fit_and_hide_every_exchange_but_the_last(experts, pro
 def test_padded_buffers_hide_what_their_bytes_allow():
     _, compiled, result = compiled_preset(128, "dispatch.transport=all_to_all")
     assert_layers_are_covered(compiled, layers=58)
-    assert result["hidden_share_bound"] < 0.8
-    assert result["hidden_share"] >= result["hidden_share_bound"] - 0.03
+    assert result["hidden_share_bound"] < 0.9
+    assert 0 <= result["hidden_share_bound"] - result["hidden_share"] < 0.03
 
 
 @needs_cuda_compiler
