@@ -10,7 +10,7 @@ import math
 
 from moe_ep.aot.collectives import is_backward, read_collective, scope_of
 from moe_ep.aot.hlo import Computation, Instruction, Module, is_done, is_start, trip_count
-from moe_ep.aot.work import FREE_OPCODES, Work, work_of
+from moe_ep.aot.work import FREE_OPCODES, PRODUCT_DTYPES, Work, work_of
 from moe_ep.config import ClusterConfig
 
 FORMAT = "moe_ep.schedule/1"
@@ -111,6 +111,7 @@ class _Reader:
             "flops": work.flops,
             "bytes": work.memory_bytes,
             "gemms": [[gemm.rows, gemm.columns, gemm.inner, gemm.batch] for gemm in work.gemms],
+            "product_dtype": next((dtype for dtype in PRODUCT_DTYPES if any(g.dtype == dtype for g in work.gemms)), ""),
             "attention": dataclasses.asdict(work.attention) if work.attention else None,
             "dtype": next((shape.element for shape in instruction.shapes if shape.element != "s8"), ""),
             "scope": scope_of(op_name),

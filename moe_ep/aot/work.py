@@ -6,6 +6,7 @@ shapes in the module's text.
 
 import dataclasses
 import math
+import re
 
 from moe_ep.aot.hlo import Computation, Instruction, Module, Shape, element_bytes
 from moe_ep.kernels.mla_decode.block import ROWS
@@ -26,14 +27,19 @@ _KERNEL = "mosaic"
 _ATTENTION_BACKWARD = 2.5
 
 
+# At whose rate a product runs, slowest first.
+PRODUCT_DTYPES = ("float32", "tf32", "bf16", "fp8")
+
+
 @dataclasses.dataclass(frozen=True)
 class Gemm:
-    """`batch` products of [rows, inner] x [inner, columns]."""
+    """`batch` products of [rows, inner] x [inner, columns], at the rate of `dtype`."""
 
     rows: int
     columns: int
     inner: int
     batch: int = 1
+    dtype: str = "bf16"
 
     @property
     def flops(self) -> float:
@@ -101,13 +107,14 @@ def _kernel_of(
 def gemms_of(module: Module, computation: Computation, instruction: Instruction) -> list[Gemm]:
     """Returns the matrix products of an instruction, those inside a fusion included, kernels' apart."""
     if instruction.opcode == "dot":
-        return [_dot(computation, instruction, *_dot_numbers(instruction))]
+        return [_dot(computation, instruction, *_dot_numbers(instruction), _is_rounded(instruction.attributes))]
     if instruction.opcode == "custom-call" and instruction.target.startswith(_CUBLAS):
-        numbers = instruction.backend_config.get("gemm_backend_config", {}).get("dot_dimension_numbers", {})
+        config = instruction.backend_config.get("gemm_backend_config", {})
+        numbers = config.get("dot_dimension_numbers", {})
         contracting, batch = (
             tuple(int(d) for d in numbers.get(f"lhs_{kind}_dimensions", ())) for kind in ("contracting", "batch")
         )
-        return [_dot(computation, instruction, contracting, batch)]
+        return [_dot(computation, instruction, contracting, batch, _is_rounded(str(config)))]
     inner = module.callee(instruction)
     if inner is None:
         return []
@@ -118,13 +125,19 @@ def _dot_numbers(instruction: Instruction) -> tuple[tuple[int, ...], tuple[int, 
     return instruction.integers("lhs_contracting_dims"), instruction.integers("lhs_batch_dims")
 
 
-def _dot(computation: Computation, instruction: Instruction, contracting, batch) -> Gemm:
+def _is_rounded(attributes: str) -> bool:
+    """Whether float32 operands may be rounded to TF32: at jax's default precision, not at a higher one."""
+    return re.search(r"operand_precision[^\]}]*high", attributes, re.IGNORECASE) is None
+
+
+def _dot(computation: Computation, instruction: Instruction, contracting, batch, is_rounded: bool) -> Gemm:
     left = computation.operand_shapes(instruction)[0]
     inner = math.prod(left.dimensions[d] for d in contracting)
     batches = math.prod(left.dimensions[d] for d in batch)
     rows = left.elements // max(1, inner * batches)
     columns = instruction.shapes[0].elements // max(1, rows * batches)
-    return Gemm(rows, columns, inner, batches)
+    dtype = {"f32": "tf32" if is_rounded else "float32", "f8": "fp8"}.get(left.element.split("e")[0], "bf16")
+    return Gemm(rows, columns, inner, batches, dtype)
 
 
 def _kernel_work(computation: Computation, instruction: Instruction, expert_rows: float) -> Work:

@@ -41,7 +41,7 @@ def works_of(entry: Entry, row_share: Number = 1.0) -> list[Work]:
             return [Work("mla_decode", "bf16", attention["flops"], entry["bytes"], tuple(absorbed))]
         op = "attention_backward" if attention["backward"] else "attention"
         return [Work(op, "bf16", attention["flops"], entry["bytes"], (attention["context"], attention["head_dim"]))]
-    dtype = "fp8" if entry.get("dtype", "").startswith("f8") else "bf16"
+    dtype = entry.get("product_dtype") or ("fp8" if entry.get("dtype", "").startswith("f8") else "bf16")
     known = entry.get("gemms") or _square_product(entry)
     if is_experts(entry) and len(known) == 1:
         return [_expert_product(entry, known[0], row_share)]

@@ -22,7 +22,9 @@ from moe_ep.hardware import GPUS, Gpu
 TABLES = pathlib.Path(__file__).parent / "tables"
 _NEIGHBOURS = 4
 _PRODUCTS = frozenset({"gemm", "grouped_gemm", "grouped_weight_gradient"})
-_BYTES = {"fp8": 1, "bf16": 2, "float32": 4}
+_BYTES = {"fp8": 1, "bf16": 2, "tf32": 4, "float32": 4}
+# Products of these types, if a table has none, reach the share of their peak that BF16's reach of theirs.
+_AS_BF16 = ("tf32", "float32")
 # Where a table has no rows of an operation: the one that it is closest to.
 _LIKE = {
     "grouped_weight_gradient": "grouped_gemm",
@@ -123,8 +125,13 @@ def bound_of(work: Work, gpu: Gpu, compute_share: Number = 1.0) -> str:
 
 
 def peak_flops(gpu: Gpu, dtype: str) -> Number:
-    """Returns dense FLOP/s of a type on a GPU."""
-    return gpu.fp8_flops_per_s if dtype == "fp8" else gpu.bf16_flops_per_s
+    """Returns dense FLOP/s of products of a type on a GPU."""
+    return {
+        "fp8": gpu.fp8_flops_per_s,
+        "bf16": gpu.bf16_flops_per_s,
+        "tf32": gpu.tf32_flops_per_s,
+        "float32": gpu.fp32_flops_per_s,
+    }[dtype]
 
 
 def gemm(m: Number, k: Number, n: Number, dtype: str, groups: Number = 1, out_bytes: int = 2) -> Work:
@@ -181,6 +188,8 @@ def _utilisation(
     known = [row for row in rows if row.op == op and row.dtype == dtype]
     if not known and op in _LIKE:
         return _utilisation(rows, _LIKE[op], dtype, shape, bound)
+    if not known and dtype in _AS_BF16:
+        return _utilisation(rows, op, "bf16", shape, bound)
     if not known:
         raise KeyError(f"the kernel table has no row of op {op} in {dtype}")
     same = [row for row in known if row.bound in (bound, "")] or known

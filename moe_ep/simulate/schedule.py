@@ -11,7 +11,8 @@ are issued on the compute stream. An instruction is one of
 
     {"kind": "compute", "name", "op", "flops", "bytes", "dtype", "scope", "gemms", "attention"}
         op: gemm, grouped_gemm, attention or other; bytes read and written in memory;
-        gemms: [[rows, columns, inner, batch], ...] where the products' shapes are known;
+        gemms: [[rows, columns, inner, batch], ...] where the products' shapes are known, and
+        "product_dtype": fp8, bf16, tf32 or float32, at whose rate they run (absent: bf16);
         attention: {"flops", "context", "head_dim", "backward"} of a fused attention, or null; also
         "absorbed": [sequences, context, heads, cached values a token] where one token a sequence
         reads a cache of latents

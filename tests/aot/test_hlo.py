@@ -1,11 +1,12 @@
 """Reading a scheduled module's text: shapes, groups, work, and the timeline made of it."""
 
-import numpy as np
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
 from moe_ep.aot.collectives import replica_groups, scope_of
+from moe_ep.aot.estimates import make_estimates
 from moe_ep.aot.hlo import parse, trip_count
 from moe_ep.aot.schedule import read_schedule
 from moe_ep.aot.timeline import Estimates, walk
@@ -198,6 +199,32 @@ ENTRY %main (x: bf16[64,16], d: bf16[64,32], w: bf16[4,16,32], g: bf16[4,16,32],
   ROOT %forward = bf16[64,32]{1,0} custom-call(%i, %x, %w, %g), custom_call_target="mosaic_gpu_v2"
 }
 """
+
+
+PRODUCTS = """HloModule products, is_scheduled=true
+
+ENTRY %main (x: f32[8,16], w: f32[16,4], y: bf16[8,16], v: bf16[16,4]) -> f32[8,4] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %w = f32[16,4]{1,0} parameter(1)
+  %y = bf16[8,16]{1,0} parameter(2)
+  %v = bf16[16,4]{1,0} parameter(3)
+  %router = f32[8,4]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={highest,highest}
+  %logits = f32[8,4]{1,0} dot(%y, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %cublas = (f32[8,4]{1,0}, s8[64]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"lhs_batch_dimensions":[]},"precision_config":{"operand_precision":["DEFAULT","HIGHEST"]}}}
+  ROOT %rounded = f32[8,4]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+def test_products_run_at_the_rate_of_their_operands_type_and_precision():
+    schedule = read_schedule(parse(PRODUCTS), ClusterConfig(), gpus=1, program="prefill", tokens_per_gpu=8)
+    products = {entry["name"]: entry["product_dtype"] for entry in schedule["computations"]["main"]}
+    assert products == {"router": "float32", "logits": "bf16", "cublas": "float32", "rounded": "tf32"}
+    big = {"kind": "compute", "op": "gemm", "scope": "", "bytes": 0, "gemms": [[8192, 8192, 8192, 1]]}
+    compute_s = make_estimates(ClusterConfig(gpu="h100")).compute_s
+    seconds = {dtype: compute_s(big | {"product_dtype": dtype}) for dtype in ("float32", "tf32", "bf16")}
+    assert seconds["tf32"] == pytest.approx(2 * seconds["bf16"], rel=0.01)
+    assert seconds["float32"] == pytest.approx(989 / 67 * seconds["bf16"], rel=0.01)
 
 
 def kernel_work(name, **rows):

@@ -30,8 +30,8 @@ PROGRAMS = {
     },
 }
 MEMORY_ONLY = tuple(name for name in PROGRAMS if "_32_" in name or "_64_" in name)
-_READ = ("kind", "op", "flops", "bytes", "gemms", "attention", "dtype", "scope", "backward", "name", "start", "body",
-         "trip_count", "group_size", "group_stride")  # fmt: skip
+_READ = ("kind", "op", "flops", "bytes", "gemms", "product_dtype", "attention", "dtype", "scope", "backward", "name",
+         "start", "body", "trip_count", "group_size", "group_stride")  # fmt: skip
 
 
 def record(name: str) -> dict:
