@@ -9,8 +9,11 @@ from moe_ep.config import ModelConfig
 from moe_ep.cost.kernels import Work, memory_pass
 from moe_ep.cost.units import Number
 
-# Of one layer and micro-batch: sorting and counting choices, indices, masks, slices; each as long as a launch.
-SMALL_KERNELS = 36
+# Kernels of one layer and micro-batch that do next to nothing, each as long as a launch: positions, places in the
+# cache, slices; choices scored, sorted and counted. And of a step: embedding, tokens chosen, counts reported.
+_ATTENTION_KERNELS = {"prefill": 5, "decode": 13, "train": 5}
+_ROUTING_KERNELS = 27
+STEP_KERNELS = 18
 
 # Latent and rotary widths that the project's decode kernel takes (moe_ep/kernels/mla_decode/api.py).
 _KERNEL_CACHES = frozenset({(512, 64)})
@@ -28,6 +31,11 @@ _KEPT_TWICE = 3
 _LOGITS = 2 * 4 + (4 + 2)
 
 
+def small_kernels(phase: str, routed: bool) -> int:
+    """Returns how many small kernels one layer has, in one direction of a micro-batch."""
+    return _ATTENTION_KERNELS[phase] + (_ROUTING_KERNELS if routed else 0)
+
+
 def prefill_passes(model: ModelConfig, tokens: Number, expanded: Number, tp: int) -> list[Work]:
     """Returns the passes of one layer's attention: values padded to the width of keys, which cuDNN wants equal, and cut after.
 
@@ -39,6 +47,21 @@ def prefill_passes(model: ModelConfig, tokens: Number, expanded: Number, tp: int
     if narrow >= wide:
         return []
     return [memory_pass(expanded * heads * 2 * (narrow + wide)), memory_pass(tokens * heads * 2 * 2 * narrow)]
+
+
+def router_passes(model: ModelConfig, tokens: Number) -> list[Work]:
+    """Returns what scoring moves beside its product: tokens are turned into float32, of which the product reads twice the bytes."""
+    return [memory_pass(tokens * model.width * (2 + 4 + (4 - 2)))]
+
+
+def exchange_passes(model: ModelConfig, rows: Number, buffered: Number) -> list[Work]:
+    """Returns what an exchange of fixed buffers moves on a GPU beside the rows themselves: queues filled, headers set before them and cut off.
+
+    Args:
+      rows: that hold tokens; buffered: those of the buffers.
+    """
+    moved = rows + buffered + 2 * 2 * buffered + 2 * 2 * max(buffered - rows, 0.0)
+    return [memory_pass(moved * model.width * 2)]
 
 
 def decode_passes(model: ModelConfig, sequences: Number, context: Number, tp: int) -> list[Work]:

@@ -139,6 +139,35 @@ def _pairs(layers: np.ndarray, num_experts: int) -> np.ndarray:
     return chosen.T @ chosen
 
 
+def chances_met(counts: np.ndarray, share: np.ndarray | None, tokens: Number, top_k: int) -> np.ndarray:
+    """Returns for each expert the probability that a token chose it, [experts].
+
+    Args:
+      counts: of each expert, where they are exact: less than one row is met as often.
+      share: of each expert where choices are drawn; a token's are distinct. None: counts are exact.
+      tokens: that choose, on all sources.
+    """
+    if share is None:
+        return np.minimum(counts, 1.0)
+    return 1 - (1 - np.minimum(top_k * share, 1.0)) ** tokens
+
+
+def most_met(chances: np.ndarray) -> Number:
+    """Returns the expected number of experts met on the device that has most of them.
+
+    Args:
+      chances: [devices, slots], the probability that each is met; they count as independent.
+    """
+    devices, slots = chances.shape
+    counts = np.zeros((devices, slots + 1))  # the probability of each number of them
+    counts[:, 0] = 1.0
+    for slot in range(slots):
+        chance = chances[:, slot, None]
+        counts = counts * (1 - chance) + np.roll(counts, 1, axis=1) * chance
+    at_most = np.cumsum(counts, axis=1).prod(axis=0)
+    return float(slots - at_most[:-1].sum())
+
+
 def rows_between(counts: np.ndarray, placement: Placement) -> np.ndarray:
     """Returns rows that each source sends to each device, [sources, devices]."""
     per_slot = counts[:, placement.slots] / placement.replicas[placement.slots]

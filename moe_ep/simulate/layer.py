@@ -11,9 +11,10 @@ from moe_ep.cost import network, program, work
 from moe_ep.cost import recipe as recipes
 from moe_ep.cost.kernels import Work
 from moe_ep.cost.network import Traffic
-from moe_ep.cost.routing import Routing, buffer_rows, nodes_reached, rows_between, with_busiest
+from moe_ep.cost.routing import Routing, buffer_rows, chances_met, most_met, nodes_reached, rows_between, with_busiest
 from moe_ep.cost.units import Number
 from moe_ep.placement import Placement, balanced, co_activated, contiguous
+from moe_ep.simulate.memory import buffered_rows
 from moe_ep.simulate.scenario import Scenario
 
 
@@ -55,7 +56,7 @@ class LayerLoad:
     rows: np.ndarray  # [P, P]
     placement: Placement
     share: np.ndarray  # [experts], as drawn
-    active: Number  # experts with rows on the GPU that has most of them: an expert without is not read
+    active: Number  # experts with rows on the GPU that has most of them, as expected: an expert without is not read
 
     @property
     def max_over_mean(self) -> Number:
@@ -80,9 +81,9 @@ def _layer_load(
     rows = rows_between(counts, placement)
     if routing.busiest is not None:
         rows = with_busiest(rows, routing.busiest)
-    per_slot = counts.sum(axis=0)[placement.slots] / placement.replicas[placement.slots]
-    active = np.minimum(per_slot, 1.0).sum(axis=1).max()
-    return LayerLoad(rows, placement, share, max(float(active), 1.0))
+    met = chances_met(counts.sum(axis=0), routing.shares[layer] if routing.sampled else None, tokens * ep, top_k)
+    active = most_met(met[placement.slots] / placement.replicas[placement.slots])
+    return LayerLoad(rows, placement, share, max(active, 1.0))
 
 
 @functools.lru_cache(maxsize=512)
@@ -165,15 +166,24 @@ def seconds_of(scenario: Scenario, calls: list[Work], overlapped: bool) -> Numbe
     return sum(kernels.seconds(call, scenario.fabric.gpu) for call in calls)
 
 
-def attention_seconds(scenario: Scenario, tokens: Number, backward: bool, overlapped: bool) -> Number:
+def attention_seconds(
+    scenario: Scenario, tokens: Number, backward: bool, overlapped: bool, routed: bool = True
+) -> Number:
     """Returns attention, router and shared experts of one layer; backward with what is computed again."""
     model, stack = scenario.model, scenario.stack
-    calls = _attention_calls(scenario, tokens) + work.router(model, tokens) + [work.block_pass(model, tokens)]
-    calls += work.shared_experts(model, tokens, stack.precision)
-    launches = program.SMALL_KERNELS * stack.kernels.launch_s if stack.is_compiled else 0.0
+    calls = _attention_calls(scenario, tokens) + [work.block_pass(model, tokens)]
+    if routed:
+        calls += work.router(model, tokens) + work.shared_experts(model, tokens, stack.precision)
+        calls += program.router_passes(model, tokens) if stack.is_compiled else []
+    launches = small_seconds(scenario, program.small_kernels(scenario.workload.phase, routed))
     more = _recipe_calls(scenario, tokens) if backward else []
     seconds = with_backward(scenario, calls, backward, overlapped) + seconds_of(scenario, more, overlapped)
     return seconds + launches * (_passes(scenario) if backward else 1)
+
+
+def small_seconds(scenario: Scenario, kernels: int) -> Number:
+    """Returns the seconds of so many kernels that do next to nothing; none in other software than this project's."""
+    return kernels * scenario.stack.kernels.launch_s if scenario.stack.is_compiled else 0.0
 
 
 def _recipe_calls(scenario: Scenario, tokens: Number) -> list[Work]:
@@ -215,6 +225,8 @@ def expert_seconds(scenario: Scenario, load: LayerLoad, backward: bool, overlapp
 
 def _experts_on(scenario: Scenario, rows: Number, active: Number, backward: bool, overlapped: bool) -> Number:
     calls = work.experts(scenario.model, rows, active, scenario.stack.precision)
+    if scenario.stack.is_compiled and scenario.layout.transport == "all_to_all" and scenario.layout.ep > 1:
+        calls += program.exchange_passes(scenario.model, rows, buffered_rows(scenario))
     seconds = with_backward(scenario, calls, backward, overlapped)
     if backward and scenario.stack.recipe:
         more = recipes.experts_backward(scenario.stack.recipe, scenario.model, rows, active)

@@ -15,7 +15,7 @@ import shlex
 import typing
 
 from moe_ep.config import AttentionConfig, ClusterConfig, Config, MeshConfig, ModelConfig, MoEConfig, check
-from moe_ep.cost import work
+from moe_ep.cost import program, work
 from moe_ep.cost.kernels import Work
 from moe_ep.cost.units import Number
 from moe_ep.hardware import GPUS
@@ -145,7 +145,8 @@ def _layer_calls(sizes: Row) -> list[Work]:
     moe = MoEConfig(num_experts=sizes["experts"], top_k=sizes["top_k"], hidden=sizes["hidden"])
     model = ModelConfig(width=sizes["width"], moe=moe)
     rows = sizes["tokens"] * sizes["top_k"]
-    return work.experts(model, rows, sizes["experts"], work.BF16) + work.router(model, sizes["tokens"])
+    router = work.router(model, sizes["tokens"]) + program.router_passes(model, sizes["tokens"])
+    return work.experts(model, rows, sizes["experts"], work.BF16) + router
 
 
 _READERS: dict[str, typing.Callable[[Row], collections.abc.Iterator[Figure]]] = {

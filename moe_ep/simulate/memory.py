@@ -16,7 +16,7 @@ def plan_of(scenario: Scenario) -> MemoryPlan:
     """Returns what decides a GPU's memory."""
     layout, workload, model = scenario.layout, scenario.workload, scenario.model
     training, batches = workload.phase == "train", 2 if layout.overlap == "staggered" else 1
-    buffered = _buffered_rows(scenario, batches)
+    buffered = buffered_rows(scenario)
     node = min(scenario.fabric.gpus_per_node, layout.ep)
     in_flight = min(layout.pp, workload.micro_batches) if training else 1
     decoding, compiled = workload.phase == "decode", scenario.stack.is_compiled
@@ -44,9 +44,9 @@ def gradients_are_summed(scenario: Scenario) -> bool:
     return scenario.layout.stage_gpus > 1 or scenario.workload.micro_batches > 1
 
 
-def _buffered_rows(scenario: Scenario, batches: int) -> Number:
-    """Rows of the buffers of one chunk of one micro-batch."""
-    layout, top_k = scenario.layout, scenario.model.moe.top_k
+def buffered_rows(scenario: Scenario) -> Number:
+    """Returns the rows of the buffers of one chunk of one micro-batch."""
+    layout, top_k, batches = scenario.layout, scenario.model.moe.top_k, 2 if scenario.layout.overlap == "staggered" else 1
     part = scenario.workload.tokens / batches / (layout.chunks if layout.overlap == "chunks" else 1)
     if layout.transport == "all_to_all":
         return buffer_rows(part, top_k, layout.ep, layout.margin_sigmas) * layout.ep

@@ -7,7 +7,7 @@ from moe_ep.cost import network, program, work
 from moe_ep.cost.kernels import Work, memory_pass, update_pass
 from moe_ep.cost.memory import parameters_per_gpu, saved_bytes
 from moe_ep.cost.units import Number
-from moe_ep.simulate.layer import Block, attention_seconds, make_block, with_backward
+from moe_ep.simulate.layer import Block, attention_seconds, make_block, small_seconds, with_backward
 from moe_ep.simulate.memory import gradients_are_summed, plan_of
 from moe_ep.simulate.scenario import Scenario
 
@@ -77,10 +77,11 @@ def _dense_seconds(scenario: Scenario, tokens: Number, backward: bool) -> Number
     if scenario.layout.pp > 1:
         return 0.0
     calls = work.dense_layer(model, tokens, scenario.stack.precision, 1)
-    dense = with_backward(scenario, calls, backward, False) + attention_seconds(scenario, tokens, backward, False)
+    attention = attention_seconds(scenario, tokens, backward, False, routed=False)
+    dense = with_backward(scenario, calls, backward, False) + attention
     logits = tokens / workload.context if workload.phase == "prefill" else tokens
     head = with_backward(scenario, work.output_head(model, logits, 1), backward, False)
-    return model.dense_layers * dense + head
+    return model.dense_layers * dense + head + small_seconds(scenario, program.STEP_KERNELS)
 
 
 def _kept_seconds(scenario: Scenario) -> Number:

@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_ep.config import ConfigError, ModelConfig, MoEConfig
-from moe_ep.cost.routing import buffer_rows, capped, make_routing, nodes_reached, rows_between, with_busiest
+from moe_ep.cost.routing import (
+    buffer_rows,
+    capped,
+    chances_met,
+    make_routing,
+    most_met,
+    nodes_reached,
+    rows_between,
+    with_busiest,
+)
 from moe_ep.placement import balanced, contiguous
 
 
@@ -74,3 +83,16 @@ def test_a_trace_gives_counts_and_pairs(tmp_path):
 def test_a_wrong_routing_is_named(spec):
     with pytest.raises(ConfigError, match="simulate.routing"):
         make_routing(spec, 8, 2)
+
+
+def test_the_device_with_most_experts_met_is_the_mean_of_drawn_ones():
+    generator = np.random.default_rng(0)
+    chances = generator.uniform(size=(6, 5))
+    drawn = (generator.uniform(size=(20000, 6, 5)) < chances).sum(axis=2).max(axis=1)
+    assert most_met(chances) == pytest.approx(drawn.mean(), abs=0.03)
+    assert most_met(np.full((1, 8), 0.9)) == pytest.approx(7.2)
+
+
+def test_a_token_meets_distinct_experts():
+    assert chances_met(np.zeros(8), np.full(8, 1 / 8), tokens=8, top_k=2) == pytest.approx(1 - 0.75**8)
+    assert chances_met(np.array([0.5, 3.0]), None, tokens=8, top_k=2) == pytest.approx([0.5, 1.0])
