@@ -139,16 +139,8 @@ def _pairs(layers: np.ndarray, num_experts: int) -> np.ndarray:
     return chosen.T @ chosen
 
 
-def chances_met(counts: np.ndarray, share: np.ndarray | None, tokens: Number, top_k: int) -> np.ndarray:
-    """Returns for each expert the probability that a token chose it, [experts].
-
-    Args:
-      counts: of each expert, where they are exact: less than one row is met as often.
-      share: of each expert where choices are drawn; a token's are distinct. None: counts are exact.
-      tokens: that choose, on all sources.
-    """
-    if share is None:
-        return np.minimum(counts, 1.0)
+def chances_met(share: np.ndarray, tokens: Number, top_k: int) -> np.ndarray:
+    """Returns for each expert the probability that one of so many tokens chose it, [experts]; a token's choices are distinct."""
     return 1 - (1 - np.minimum(top_k * share, 1.0)) ** tokens
 
 

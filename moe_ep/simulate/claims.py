@@ -246,7 +246,6 @@ def _verdict(rows: list[Row], reading: str) -> str:
 
 def write(result: dict[str, typing.Any], folder: pathlib.Path) -> None:
     """Writes claims.json and claims.md."""
-    folder.mkdir(parents=True, exist_ok=True)
     document = {name: value for name, value in result.items() if name != "markdown"}
     (folder / "claims.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     (folder / "claims.md").write_text(result["markdown"])

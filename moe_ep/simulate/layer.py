@@ -81,9 +81,18 @@ def _layer_load(
     rows = rows_between(counts, placement)
     if routing.busiest is not None:
         rows = with_busiest(rows, routing.busiest)
-    met = chances_met(counts.sum(axis=0), routing.shares[layer] if routing.sampled else None, tokens * ep, top_k)
-    active = most_met(met[placement.slots] / placement.replicas[placement.slots])
-    return LayerLoad(rows, placement, share, max(active, 1.0))
+    return LayerLoad(rows, placement, share, max(_active(routing, layer, tokens * ep, top_k, counts, placement), 1.0))
+
+
+def _active(
+    routing: Routing, layer: int, tokens: Number, top_k: int, counts: np.ndarray, placement: Placement
+) -> Number:
+    """Returns the experts with rows on the GPU that has most of them; of exact counts an expert with half a row is half one."""
+    if routing.sampled:
+        met = chances_met(routing.shares[layer], tokens, top_k)
+        return most_met(met[placement.slots] / placement.replicas[placement.slots])
+    per_slot = counts.sum(axis=0)[placement.slots] / placement.replicas[placement.slots]
+    return float(np.minimum(per_slot, 1.0).sum(axis=1).max())
 
 
 @functools.lru_cache(maxsize=512)

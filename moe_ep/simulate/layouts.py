@@ -4,7 +4,7 @@ import collections.abc
 import dataclasses
 import itertools
 
-from moe_ep.config import ConfigError
+from moe_ep.config import ConfigError, require
 from moe_ep.cost.units import Number
 from moe_ep.simulate.cases import SIZES, Case, Row, evaluate, readings, with_nics, with_size
 from moe_ep.simulate.from_config import with_batch
@@ -72,10 +72,16 @@ def search(base: Scenario, latency_ms: Number | None = None) -> list[Row]:
     """Tries EP, stages, overlap, transport and batches on the base's GPUs; best throughput first.
 
     Only layouts that divide, fit and stay under the latency count; the others follow, with what is missing.
+
+    Raises:
+      ConfigError: layouts fit, but none stays under the latency.
     """
     gpus, experts = base.layout.gpus, base.model.moe.num_experts
     rows = evaluate(_layouts(base, gpus, experts), "search")
-    rows = [row for row in rows if latency_ms is None or row.get("ms_per_token", 0.0) <= latency_ms]
+    if latency_ms is not None:
+        least = float(min((row["ms_per_token"] for row in rows if row["feasible"]), default=0.0))
+        require(least <= latency_ms, "simulate.latency_ms", latency_ms, f"at least {least:.3g}, the least of all layouts")
+        rows = [row for row in rows if row.get("ms_per_token", 0.0) <= latency_ms]
     return sorted(rows, key=lambda row: -row.get("tokens_per_s", 0.0))
 
 

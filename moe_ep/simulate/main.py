@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import typing
 
-from moe_ep.config import Config
+from moe_ep.config import Config, require
 from moe_ep.simulate import validation
 from moe_ep.simulate.from_config import ASSUMED, fabric_of, scenario_of
 from moe_ep.simulate.predict import Prediction, predict
@@ -45,9 +46,22 @@ def simulate(config: Config, workdir: str | pathlib.Path | None = None) -> dict[
 def _points(config: Config) -> dict[str, typing.Any]:
     if config.simulate.point != "all":
         return validation.predict_point(config.simulate.point)
+    folder = _results_folder(config)
     result = validation.predict_all(config.simulate.published_values)
-    validation.write(result, pathlib.Path(config.simulate.results))
+    validation.write(result, folder)
     return result
+
+
+def _results_folder(config: Config) -> pathlib.Path:
+    """Returns the folder of the tables, made if it was not there: asked before the work, which would be lost."""
+    folder = pathlib.Path(config.simulate.results)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    require(writable, "simulate.results", folder, "a folder that can be written")
+    return folder
 
 
 def _one(config: Config, folder: pathlib.Path | None) -> dict[str, typing.Any]:
@@ -105,7 +119,7 @@ def claims(config: Config, workdir: str | pathlib.Path | None = None) -> dict[st
     """
     from moe_ep.simulate import claims as ledger
 
-    reference, folder = Config(cluster=config.cluster), pathlib.Path(config.simulate.results)
+    reference, folder = Config(cluster=config.cluster), _results_folder(config)
     result = ledger.recompute(reference)
     ledger.write(result, folder)
     if workdir:

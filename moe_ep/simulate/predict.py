@@ -96,7 +96,7 @@ def _assemble(scenario: Scenario, stage: StageWork, parts: dict[str, Number], mi
         memory_bandwidth_utilisation=_weights_read(scenario, parts) / seconds / fabric.gpu.memory_bytes_per_s,
         bytes_per_gpu=parts,
         exposed_communication_share=exposed / busy,
-        hidden_communication_share=1 - exposed / network_s if network_s else 1.0,
+        hidden_communication_share=round(1 - exposed / network_s, 9) if network_s else 1.0,
         max_over_mean_load=layer_load(scenario, 0, workload.tokens).max_over_mean,
         bottleneck=_bottleneck(scenario, compute_s, network_s, exposed),
         memory_ignored=missing > 0,

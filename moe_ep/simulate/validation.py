@@ -150,7 +150,6 @@ def _mean_errors(rows: list[dict]) -> dict[str, Number]:
 
 def write(result: dict[str, typing.Any], folder: pathlib.Path) -> None:
     """Writes validation.csv and validation.md."""
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "validation.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

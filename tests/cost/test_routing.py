@@ -94,5 +94,5 @@ def test_the_device_with_most_experts_met_is_the_mean_of_drawn_ones():
 
 
 def test_a_token_meets_distinct_experts():
-    assert chances_met(np.zeros(8), np.full(8, 1 / 8), tokens=8, top_k=2) == pytest.approx(1 - 0.75**8)
-    assert chances_met(np.array([0.5, 3.0]), None, tokens=8, top_k=2) == pytest.approx([0.5, 1.0])
+    assert chances_met(np.full(8, 1 / 8), tokens=8, top_k=2) == pytest.approx(1 - 0.75**8)
+    assert chances_met(np.array([0.5, 0.5, 0.0]), tokens=1, top_k=2) == pytest.approx([1.0, 1.0, 0.0])

@@ -71,6 +71,13 @@ def test_impossible_layouts_are_refused_with_the_numbers(setting, message):
         run(setting)
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for ask in (simulate, claims):
+        with pytest.raises(ConfigError, match="file/results: allowed is a folder that can be written"):
+            ask(apply(Config(), ["simulate.point=all", f"simulate.results={tmp_path / 'file' / 'results'}"]))
+
+
 def test_the_most_that_fits():
     scenario = scenario_of(apply(Config(), [*WIDE, "simulate.phase=decode", "simulate.sequences_per_gpu=none"]))
     assert 16 <= scenario.workload.sequences_per_gpu <= 24  # 9 GB of 0.44 GB each
@@ -153,6 +160,8 @@ def test_search_finds_a_layout_that_fits_and_keeps_the_latency():
     best = rows[0]
     assert best["feasible"] and best["ms_per_token"] <= 20.0
     assert all(row["tokens_per_s"] <= best["tokens_per_s"] for row in rows if row["feasible"])
+    with pytest.raises(ConfigError, match="simulate.latency_ms=0.001: allowed is at least"):
+        layouts.search(base, latency_ms=0.001)
 
 
 @pytest.fixture(scope="module")
