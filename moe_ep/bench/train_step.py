@@ -14,7 +14,6 @@ import pathlib
 import statistics
 import sys
 import tempfile
-import time
 
 import jax
 import numpy as np
@@ -27,6 +26,7 @@ from moe_ep.config import Config, ConfigError, check
 from moe_ep.data import make_dataset
 from moe_ep.hardware import gpu_of_device_kind
 from moe_ep.mesh import make_mesh, peak_bytes, place_batch
+from moe_ep.train.ahead import Accepted, Launcher, no_step_before
 from moe_ep.train.state import init_state
 from moe_ep.train.step import make_step
 
@@ -44,16 +44,18 @@ def measure(config: Config, steps: int, profiled: int) -> dict:
     dataset = _dataset(config)
     state = init_state(config, mesh)
     tokens = place_batch(next(dataset), mesh)
-    program = make_step(config, mesh).lower(state, tokens).compile()
+    program = make_step(config, mesh).lower(state, tokens, previous_fits=no_step_before(mesh)).compile()
+    launcher = Launcher(config.dispatch, mesh, {config.dispatch.waves: program}.get, _refuse)
     lines = []
     with power.watch() as watched:
-        for _ in range(steps):
-            started = time.perf_counter()
-            state, step_report = program(state, tokens)
-            lines.append(_line(step_report, started))
+        for step in range(steps):
+            state = launcher.launch(state, tokens, step)
             tokens = place_batch(next(dataset), mesh)
+            while len(launcher) > (step < steps - 1):
+                state, accepted = launcher.read(state)
+                lines.append(_line(accepted))
     result = _summary(config, lines, mesh) | {"peak_bytes": peak_bytes(mesh), "power": watched}
-    return result | {"profile": _profile(program, state, tokens, profiled) if profiled else None}
+    return result | {"profile": _profile(program, mesh, state, tokens, profiled) if profiled else None}
 
 
 def _dataset(config: Config):
@@ -64,13 +66,17 @@ def _dataset(config: Config):
     )  # fmt: skip
 
 
-def _line(step_report, started: float) -> dict:
-    batch = step_report.batch
-    line = {"loss": float(batch.loss), "gradient_norm": float(step_report.gradient_norm)}
-    line["seconds"] = time.perf_counter() - started
-    if not bool(step_report.fits):
-        raise SystemExit("train_step: the routing needs more waves than dispatch.waves; raise dispatch.margin_sigmas")
-    return line | {"max_over_mean_load": float(metrics.max_over_mean(np.asarray(batch.expert_counts)).mean())}
+def _refuse(reason: str) -> None:
+    raise SystemExit(f"train_step: {reason}; raise dispatch.waves or dispatch.margin_sigmas")
+
+
+def _line(accepted: Accepted) -> dict:
+    batch = accepted.report.batch
+    return {
+        "loss": float(batch.loss), "gradient_norm": float(accepted.report.gradient_norm),
+        "seconds": accepted.elapsed_ms / 1e3,
+        "max_over_mean_load": float(metrics.max_over_mean(np.asarray(batch.expert_counts)).mean()),
+    }  # fmt: skip
 
 
 def _summary(config: Config, lines: list[dict], mesh: Mesh) -> dict:
@@ -85,12 +91,13 @@ def _summary(config: Config, lines: list[dict], mesh: Mesh) -> dict:
     }  # fmt: skip
 
 
-def _profile(program, state, tokens, steps: int) -> dict:
+def _profile(program, mesh: Mesh, state, tokens, steps: int) -> dict:
     """Returns milliseconds a step by scope and of the longest kernels."""
+    before = no_step_before(mesh)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
-                state, step_report = program(state, tokens)
+                state, step_report = program(state, tokens, previous_fits=before)
             jax.block_until_ready(step_report)
         kernels = profile.kernels_of(pathlib.Path(folder), program.as_text(), steps)
         span = profile.span_of(pathlib.Path(folder), steps)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +17,13 @@ from moe_ep.config import Config, ConfigError, parameters_by_part, require, to_j
 from moe_ep.data import Dataset, make_dataset
 from moe_ep.hardware import gpu_of_device_kind
 from moe_ep.mesh import is_first_process, peak_bytes, place_batch
+from moe_ep.train.ahead import Accepted, Launcher
 from moe_ep.train.balance import interval_from_ms
 from moe_ep.train.checkpoint import Checkpoints
 from moe_ep.train.record import Follower, Recorder
 from moe_ep.train.sample import sample_text
 from moe_ep.train.state import TrainState, abstract_state, init_state
-from moe_ep.train.step import StepReport, make_evaluate, make_step, with_waves
+from moe_ep.train.step import make_evaluate, make_step, with_waves
 from moe_ep.train.summary import summarize_run
 from moe_ep.train.waves import Waves
 
@@ -41,9 +41,8 @@ class _Run(NamedTuple):
 
     config: Config
     mesh: Mesh
-    steps: Callable[[int], Callable]  # waves -> program
-    evaluations: Callable[[int], Callable]
-    waves: Waves
+    evaluations: Callable[[int], Callable]  # waves -> program
+    launcher: Launcher
     recorder: Recorder | Follower
 
 
@@ -68,14 +67,10 @@ def train(config: Config, mesh: Mesh, workdir: Path) -> dict:
         print(f"resumed after step {first_step} of {config.train.steps}", flush=True)
     record = Recorder if is_first_process() else Follower
     recorder = record(workdir, first_step, config.train.steps)
-    run = _Run(
-        config,
-        mesh,
-        functools.cache(lambda waves: make_step(with_waves(config, waves), mesh)),
-        functools.cache(lambda waves: make_evaluate(with_waves(config, waves), mesh)),
-        Waves(config.dispatch.waves),
-        recorder,
-    )
+    steps = functools.cache(lambda waves: make_step(with_waves(config, waves), mesh))
+    evaluations = functools.cache(lambda waves: make_evaluate(with_waves(config, waves), mesh))
+    launcher = Launcher(config.dispatch, mesh, steps, recorder.say)
+    run = _Run(config, mesh, evaluations, launcher, recorder)
     try:
         state = _run_steps(run, state, first_step, dataset, validation, checkpoints)
     finally:  # an interrupted run keeps its last checkpoint and its picture
@@ -89,42 +84,41 @@ def train(config: Config, mesh: Mesh, workdir: Path) -> dict:
 def _run_steps(
     run: _Run, state: TrainState, first_step: int, dataset: Dataset, validation: Dataset, checkpoints: Checkpoints
 ) -> TrainState:
-    train, skipped, step_ms = run.config.train, 0, []
+    train, launcher, skipped, step_ms = run.config.train, run.launcher, 0, []
     for step in range(first_step + 1, train.steps + 1):
-        tokens = place_batch(next(dataset), run.mesh)
-        started = time.perf_counter()
-        state, report, attempts = _accepted_step(run, state, tokens, step)
-        elapsed_ms = (time.perf_counter() - started) * 1e3
-        skipped = _count_skipped(run, report, step, skipped)
-        line = _line(run, report, step, elapsed_ms)
-        if train.validation_every and step % train.validation_every == 0:
-            line["validation_loss"] = _validate(run, state, validation)
-        run.recorder.step(line, np.asarray(report.batch.expert_counts))
-        # A step that compiled a program says nothing about how long a step takes.
-        step_ms += [elapsed_ms] if attempts == 1 and step > first_step + 1 else []
-        state = _set_interval(run, state, step, step_ms)
-        if step == train.steps and report.batch.choices.is_fully_addressable:
-            run.recorder.save_choices(np.asarray(report.batch.choices))
-        if train.checkpoint_every and (step == train.steps or step % train.checkpoint_every == 0):
+        state = launcher.launch(state, place_batch(next(dataset), run.mesh), step)
+        settle = _needs_state(run.config, step, len(step_ms))
+        while len(launcher) > (0 if settle else 1):
+            state, accepted = launcher.read(state)
+            skipped = _count_skipped(run, accepted, skipped)
+            validate = accepted.step == step and _is_due(train.validation_every, step)
+            _record(run, accepted, _validate(run, state, validation) if validate else None)
+            # A step that compiled a program says nothing about how long a step takes.
+            step_ms += [accepted.elapsed_ms] if accepted.attempts == 1 and accepted.step > first_step + 1 else []
+        if settle:
+            state = _set_interval(run, state, step, step_ms)
+        if train.checkpoint_every and (step == train.steps or _is_due(train.checkpoint_every, step)):
             run.recorder.save_load()
             checkpoints.save(step, state, {"data": dataset.get_state()})
     return state
 
 
-def _accepted_step(run: _Run, state: TrainState, tokens: jax.Array, step: int) -> tuple[TrainState, StepReport, int]:
-    """Runs the step again on programs with more waves until its routing fits; the state moves once."""
-    attempts = 0
-    while True:
-        attempts += 1
-        waves = run.waves.current
-        state, report = run.steps(waves)(state, tokens)
-        needed = int(report.batch.dispatch.waves_needed)
-        if run.config.dispatch.drop or run.waves.accept(needed):
-            return state, report, attempts
-        run.recorder.say(
-            f"step {step}: the routing needs {needed} waves and the program has {waves}; nothing was dropped, "
-            f"the step runs again on a program with {run.waves.current}"
-        )
+def _needs_state(config: Config, step: int, timed: int) -> bool:
+    """Returns whether something needs the state right after this step, so that the next may not be launched yet."""
+    unset = config.balance.interval_ms is not None and timed <= _TIMED_STEPS
+    every = (config.train.validation_every, config.train.checkpoint_every)
+    return unset or step == config.train.steps or any(_is_due(one, step) for one in every)
+
+
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _record(run: _Run, accepted: Accepted, validation_loss: float | None) -> None:
+    batch = accepted.report.batch
+    run.recorder.step(_line(run, accepted, validation_loss), np.asarray(batch.expert_counts))
+    if accepted.step == run.config.train.steps and batch.choices.is_fully_addressable:
+        run.recorder.save_choices(np.asarray(batch.choices))
 
 
 def _validate(run: _Run, state: TrainState, validation: Dataset) -> float | None:
@@ -133,7 +127,7 @@ def _validate(run: _Run, state: TrainState, validation: Dataset) -> float | None
     losses = []
     for _ in range(run.config.train.validation_batches):
         tokens = place_batch(next(validation), run.mesh)
-        waves = Waves(run.waves.current)
+        waves = Waves(run.launcher.waves.current)
         while True:
             loss, needed = run.evaluations(waves.current)(state.parameters, tokens, state.bias)
             if run.config.dispatch.drop or waves.accept(int(needed)):
@@ -142,25 +136,26 @@ def _validate(run: _Run, state: TrainState, validation: Dataset) -> float | None
     return float(np.mean(losses)) if losses else None
 
 
-def _count_skipped(run: _Run, report: StepReport, step: int, skipped: int) -> int:
+def _count_skipped(run: _Run, accepted: Accepted, skipped: int) -> int:
     """Returns how many updates in a row were skipped, and stops the run at too many."""
-    if bool(report.finite):
+    if accepted.report.finite:
         return 0
+    step = accepted.step
     run.recorder.say(f"step {step}: loss or gradient is not finite; the update was skipped")
     if skipped + 1 >= _MOST_SKIPPED:
         raise TrainingStopped(f"step {step}: {_MOST_SKIPPED} updates in a row had a gradient that is not finite")
     return skipped + 1
 
 
-def _line(run: _Run, report: StepReport, step: int, elapsed_ms: float) -> dict:
+def _line(run: _Run, accepted: Accepted, validation_loss: float | None) -> dict:
     """Returns one step's metrics as plain numbers."""
-    config, batch = run.config, report.batch
+    config, report, batch, elapsed_ms = run.config, accepted.report, accepted.report.batch, accepted.elapsed_ms
     counts = np.asarray(batch.expert_counts)
     tokens_per_s = config.train.batch_sequences * config.train.sequence / elapsed_ms * 1e3
     flops = metrics.training_flops_per_token(config.model, config.train.sequence)
     gpu = gpu_of_device_kind(run.mesh.devices.flat[0].device_kind)
     return {
-        "step": step,
+        "step": accepted.step,
         "loss": float(batch.loss),
         "gradient_norm": float(report.gradient_norm),
         "tokens_per_s": tokens_per_s,
@@ -174,7 +169,7 @@ def _line(run: _Run, report: StepReport, step: int, elapsed_ms: float) -> dict:
         "rows_padded": int(batch.dispatch.rows_padded),
         "rows_dropped": int(batch.dispatch.rows_dropped),
         "waves": int(batch.dispatch.waves_needed),
-        "validation_loss": None,
+        "validation_loss": validation_loss,
     }
 
 

@@ -46,7 +46,7 @@ class StepReport(NamedTuple):
 
     batch: BatchReport
     gradient_norm: Scalar
-    fits: Array  # bool: the program had waves enough; if not, the state is unchanged
+    fits: Array  # bool: the program had waves enough, or drops, and so had the one before; if not, the state is unchanged
     finite: Array  # bool: loss and gradients; if not, the update was skipped
     max_bias: Scalar
 
@@ -138,17 +138,18 @@ def with_waves(config: Config, waves: int) -> Config:
 
 
 def make_step(config: Config, mesh: Mesh) -> Callable:
-    """Returns the jitted (state, tokens, replay=None) -> (state, StepReport); the state is donated.
+    """Returns the jitted (state, tokens, replay=None, previous_fits=None) -> (state, StepReport); the state is donated.
 
     The program has `config.dispatch.waves` waves. When the routing needs more (and
     drops are not asked for), or a gradient is not finite, the returned state equals
-    the one passed in.
+    the one passed in. So it does where `previous_fits`, the `fits` of the step before,
+    is false: this step can be launched before that one's report is read.
     """
     gradients_of = make_gradients(config, parameter_specs(config, mesh), mesh)
     optimizer = make_optimizer(config.train.optimizer, config.train.steps)
     unit = mean_score(config.model.moe)
 
-    def step(state: TrainState, tokens: Int32[Array, "B S1"], replay=None):
+    def step(state: TrainState, tokens: Int32[Array, "B S1"], replay=None, previous_fits=None):
         gradients, report = gradients_of(state.parameters, tokens, state.bias, replay)
         with jax.named_scope("update"), jax.numpy_dtype_promotion("standard"):
             norm = global_norm(gradients)
@@ -164,9 +165,10 @@ def make_step(config: Config, mesh: Mesh) -> Callable:
             bias=jnp.where(due, moved, state.bias),
             load=jnp.where(due, jnp.zeros_like(load), load),
         )
-        fits = report.dispatch.waves_needed <= config.dispatch.waves
+        fits = (report.dispatch.waves_needed <= config.dispatch.waves) | config.dispatch.drop
+        fits = fits if previous_fits is None else fits & previous_fits
         finite = jnp.isfinite(report.loss) & jnp.isfinite(norm)
-        accepted = (fits | config.dispatch.drop) & finite
+        accepted = fits & finite
         with jax.named_scope("update"):  # one pass with the optimizer's
             after = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, state)
         return after, StepReport(report, norm, fits, finite, jnp.max(jnp.abs(after.bias)))
