@@ -14,13 +14,13 @@ from moe_ep.kernels.row_gather import api, gather_rows, mosaic, weighted_sum_row
 GATHER = jax.jit(gather_rows, static_argnames="implementation")
 
 
-def random_reads(rows, outputs, reads, seed=0):
+def random_reads(rows, outputs, reads, seed=0, width=256):
     """Returns bfloat16 rows, weights and indices, some of them past the rows."""
     generator = np.random.default_rng(seed)
     index = generator.integers(0, rows + 2, (outputs, reads)).astype(np.int32)
     index[0, 0] = 2**30
     weights = generator.normal(size=index.shape).astype(np.float32)
-    return jnp.asarray(generator.normal(size=(rows, 256)), jnp.bfloat16), jnp.asarray(weights), jnp.asarray(index)
+    return jnp.asarray(generator.normal(size=(rows, width)), jnp.bfloat16), jnp.asarray(weights), jnp.asarray(index)
 
 
 def as_numpy(rows, weights, index):
@@ -52,11 +52,11 @@ def test_xlas_way_against_numpy(reads):
     np.testing.assert_array_equal(gathered, as_numpy(rows, np.ones((11, 1)), index[:, :1]))
 
 
-# More rows than slots for every block, and fewer rows than blocks.
-@pytest.mark.parametrize("outputs, reads", [(41, 1), (23, 2), (3, 3)])
-def test_the_kernels_interpreted_are_xlas_gathers_and_have_no_race(outputs, reads, monkeypatch):
+# More rows than slots for every block, fewer rows than blocks, and rows that have no halves.
+@pytest.mark.parametrize("outputs, reads, width", [(41, 1, 256), (23, 2, 256), (3, 3, 384)])
+def test_the_kernels_interpreted_are_xlas_gathers_and_have_no_race(outputs, reads, width, monkeypatch):
     monkeypatch.setattr(device, "multiprocessors", lambda: 2)
-    rows, weights, index = random_reads(9, outputs, reads, seed=outputs)
+    rows, weights, index = random_reads(9, outputs, reads, seed=outputs, width=width)
     out, raced = interpreted(mosaic.gather_rows, rows, index[:, 0])
     np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(xla.gather_rows(rows, index[:, 0]), np.float32))
     total, sum_raced = interpreted(mosaic.weighted_sum_rows, rows, weights, index)

@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_ep.kernels import device
 from moe_ep.kernels.grouped_matmul import mosaic_parts as parts
 from moe_ep.kernels.grouped_matmul import varying
 from moe_ep.kernels.grouped_matmul.groups import RowGroups
@@ -54,8 +53,7 @@ def row_product(
     body = functools.partial(_body, product, tiling, depth, columns)
     out_types = [jax.ShapeDtypeStruct((rows, columns), xs[0].dtype)] * product.outputs
     tiles = (rows // tiling.rows) * (columns * product.accumulators // tiling.columns)
-    ctas = min(tiles, device.multiprocessors())
-    kernel = parts.launch(body, product.name, out_types, _scratch(product, tiling, xs[0].dtype), tiling, ctas)
+    kernel = parts.launch(body, product.name, out_types, _scratch(product, tiling, xs[0].dtype), tiling, tiles)
     # A kernel's outputs do not say over which mesh axes they vary: as its operands do.
     return varying.match(tuple(kernel(groups.tile_group, groups.valid_tiles[None], *xs, *ws, *sides)), xs, ws)
 
@@ -67,7 +65,7 @@ def _scratch(product, tiling, dtype):
         "x_ring": parts.swizzled((tiling.stages, tiling.rows, DEPTH), dtype),
         "w_rings": [parts.swizzled((tiling.stages, *weight_tile), dtype) for _ in range(product.accumulators)],
         "slots": parts.store_slots(tiling, dtype),
-        **parts.ring_barriers(tiling.stages, 1 + product.accumulators, tiling.consumers),
+        **parts.ring_barriers(tiling, 1 + product.accumulators),
     }
 
 

@@ -1,8 +1,8 @@
-"""Rows by index for Hopper: whole rows through shared memory by TMA, many in flight, none through registers to be copied.
+"""Rows by index for Hopper: through shared memory by TMA, many in flight, none through registers to be copied.
 
-A block takes every so many-th output row. Loads run ahead of what is stored, so that
-the memory always has several rows to fetch; an index past the rows is filled with zeros
-by the copy engine.
+A block takes every so many-th output row, or half row, which spreads them more evenly.
+Loads run ahead of what is stored, so that the memory always has several to fetch; an index
+past the rows is filled with zeros by the copy engine.
 """
 
 import functools
@@ -39,9 +39,11 @@ def refusal(rows, reads: int) -> str:
 
 def gather_rows(rows, index, interpret=None):
     """Returns [M, D]; arguments as in `api.gather_rows`."""
-    slots = min(_MOST_SLOTS, _BLOCK_BYTES // (2 * rows.shape[1]))
+    lanes = rows.shape[1] // LANES
+    pieces = 1 if lanes % 2 else 2
+    slots = min(_MOST_SLOTS * pieces, _BLOCK_BYTES * pieces // (2 * rows.shape[1]))
     scratch = {
-        "ring": plgpu.SMEM((slots, *_lanes(rows)[1:]), rows.dtype),
+        "ring": plgpu.SMEM((slots, lanes // pieces, LANES), rows.dtype),
         "full": plgpu.Barrier(num_barriers=slots),
     }
     body = functools.partial(_gather, slots, index.shape[0])
@@ -85,25 +87,31 @@ def _run(body, name, scratch, outputs, rows, numbers, interpret):
     return varying.match(out, rows, numbers)
 
 
-def _own_rows(outputs):
-    """Returns how many output rows this block has, and the function from their count to the row."""
+def _own(outputs):
+    """Returns how many outputs this block has, and the function from their count to the output."""
     block, blocks = lax.axis_index("block"), jnp.int32(lax.axis_size("block"))
     count = lax.div(outputs - block + blocks - 1, blocks)
     return count, lambda own: block + own * blocks
 
 
-def _load(rows, index, position, slot, barrier):
-    source = rows.at[index[position]]
+def _load(source, slot, barrier):
     plgpu.copy_gmem_to_smem(source, slot, barrier, oob_mode=plgpu.OOBFillMode.ZEROS)
 
 
 def _gather(slots, outputs, rows, index, out, *, ring, full):
-    count, row_of = _own_rows(outputs)
-    ahead = max(slots // 2, 1)
+    lanes = ring.shape[1]
+    pieces = jnp.int32(rows.shape[1] // lanes)
+    count, piece_of = _own(outputs * pieces)
+    ahead = max(slots * 3 // 4, 1)
+
+    def place(own):
+        piece = piece_of(own)
+        return lax.div(piece, pieces), pl.ds(lax.rem(piece, pieces) * lanes, lanes)
 
     def load(own):
         slot = lax.rem(own, jnp.int32(slots))
-        _load(rows, index, row_of(own), ring.at[slot], full.at[slot])
+        row, columns = place(own)
+        _load(rows.at[index[row], columns], ring.at[slot], full.at[slot])
 
     @pl.loop(0, lax.min(count, jnp.int32(ahead)))
     def _(own):
@@ -113,7 +121,7 @@ def _gather(slots, outputs, rows, index, out, *, ring, full):
     def _(own):
         slot = lax.rem(own, jnp.int32(slots))
         plgpu.barrier_wait(full.at[slot])
-        plgpu.copy_smem_to_gmem(ring.at[slot], out.at[row_of(own)])
+        plgpu.copy_smem_to_gmem(ring.at[slot], out.at[*place(own)])
 
         @pl.when(own + ahead < count)
         def _():
@@ -125,12 +133,12 @@ def _gather(slots, outputs, rows, index, out, *, ring, full):
 
 
 def _weighted_sum(groups, reads, outputs, rows, index, weights, out, *, ring, results, full):
-    count, row_of = _own_rows(outputs)
+    count, row_of = _own(outputs)
 
     def load(own):
         slot = lax.rem(own, jnp.int32(groups))
         for read in range(reads):
-            _load(rows, index, row_of(own) * reads + read, ring.at[slot, read], full.at[slot])
+            _load(rows.at[index[row_of(own) * reads + read]], ring.at[slot, read], full.at[slot])
 
     @pl.loop(0, lax.min(count, jnp.int32(groups)))
     def _(own):
