@@ -34,8 +34,6 @@ def _generate(config: Config, workdir: Path) -> dict:
 
 
 def _aot(config: Config, workdir: Path) -> dict:
-    # The compiler's own remarks on devices that are not here; read when jax is imported.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from moe_ep.aot.main import aot
 
     return aot(config, workdir)

@@ -3,16 +3,17 @@
     python -m moe_ep.aot.check --device=absent --set cluster.gpu=h200      anywhere with jax[cuda12], no GPU
     python -m moe_ep.aot.check --device=real                               on the GPU
 
-Each writes its side of <out>/aot_<gpu>_check.json; with both there <out>/aot_<gpu>_check.md compares
-them. Both compile under the same options; the real GPU also as a run does, tuned, and runs the
-training step. Where <out>/train_*.json records a run of the whole config on that GPU, the absent side
-compiles its training step too, for the peak.
+Each writes its side of <out>/aot_<gpu>_check.json, program by program; with both there
+<out>/aot_<gpu>_check.md compares them. Both compile under the same options; the real GPU's training
+step also as a run does, tuned, and it is run. Where <out>/train_*.json records a run of the whole
+config on that GPU, the absent side compiles its training step too, for the peak.
 """
 
 import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -43,22 +44,23 @@ _STEPS = 3
 GOALS = {"arguments": 0.0, "outputs": 0.0, "temporaries": 0.02, "peak": 0.05}
 
 Sizes = dict[str, int]
+Side = dict[str, dict[str, Sizes]]  # what was compiled how -> program -> bytes
 
 
-def absent_side(config: Config, recorded: Config | None) -> dict:
-    """Returns the bytes of the small programs, and of a recorded run's training step, compiled for an absent GPU."""
-    programs = {name: _sizes(_compile(_program(config, name), absent_mesh, ABSENT_OPTIONS)) for name in PROGRAMS}
-    return {"programs": programs, "recorded_train": recorded and _sizes(_compile(recorded, absent_mesh, ABSENT_OPTIONS))}
-
-
-def real_side(config: Config) -> dict:
-    """Returns the bytes of the small programs compiled for the GPU that is here, and the peak of its training steps."""
-    same, tuned = {}, {}
+def absent_side(config: Config, recorded: Config | None) -> Iterator[Side]:
+    """Yields the bytes of the small programs, and of a recorded run's training step, compiled for an absent GPU."""
     for name in PROGRAMS:
-        same[name] = _sizes(_compile(_program(config, name), _real_mesh, ABSENT_OPTIONS))
-        compiled = _compile(_program(config, name), _real_mesh, COMPILER_OPTIONS)
-        tuned[name] = _sizes(compiled)
-    return {"programs": same, "tuned": tuned, "peak": _peak(_program(config, "train"), compiled)}
+        yield {"programs": {name: _sizes(_compile(_program(config, name), absent_mesh, ABSENT_OPTIONS))}}
+    if recorded is not None:
+        yield {"recorded": {"train": _sizes(_compile(recorded, absent_mesh, ABSENT_OPTIONS))}}
+
+
+def real_side(config: Config) -> Iterator[Side]:
+    """Yields the bytes of the small programs compiled for the GPU that is here, and the peak of training steps run on it."""
+    for name in PROGRAMS:
+        yield {"programs": {name: _sizes(_compile(_program(config, name), _real_mesh, ABSENT_OPTIONS))}}
+    step = _compile(_program(config, "train"), _real_mesh, COMPILER_OPTIONS)
+    yield {"tuned": {"train": _sizes(step)}, "peak": {"train": _peak(_program(config, "train"), step)}}
 
 
 def _program(config: Config, name: str) -> Config:
@@ -76,7 +78,7 @@ def _real_mesh(config: Config) -> Mesh:
     return make_mesh(config.mesh, config.cluster, config.model.moe.num_experts)
 
 
-def _compile(config: Config, mesh_of, options: dict) -> jax.stages.Compiled:
+def _compile(config: Config, mesh_of: Callable[[Config], Mesh], options: dict) -> jax.stages.Compiled:
     print(f"check: compiles {config.aot.program}, width {config.model.width}", file=sys.stderr, flush=True)
     program = program_of(config, mesh_of(config))
     return program.function.lower(*program.arguments).compile(compiler_options=options)
@@ -107,16 +109,16 @@ def _peak(config: Config, step: jax.stages.Compiled) -> Sizes:
     return {"before": before, "after": peak_bytes(mesh)}
 
 
-def compare(sides: dict) -> list[dict]:
-    """Returns a row for each figure of which both sides are there: program, what, absent, real, difference, goal."""
-    absent, real = sides["absent"], sides["real"]
+def compare(absent: Side, real: Side) -> list[dict]:
+    """Returns a row for each figure that both sides have: program, what, absent, real, difference, goal."""
     rows = []
-    for options in ("programs", "tuned"):
-        for program, sizes in real[options].items():
-            suffix = "" if options == "programs" else ", tuned as in a run"
-            rows += [_row(program + suffix, what, absent["programs"][program][what], size) for what, size in sizes.items()]
-    if real["peak"]["after"] > real["peak"]["before"]:  # else it is that of making the state
-        rows.append(_row("train, run", "peak", sum(absent["programs"]["train"].values()), real["peak"]["after"]))
+    for how, suffix in (("programs", ""), ("tuned", ", tuned as in a run")):
+        for program, sizes in real.get(how, {}).items():
+            compiled = absent["programs"].get(program, {})
+            rows += [_row(program + suffix, what, compiled[what], sizes[what]) for what in sizes if what in compiled]
+    for program, peak in real.get("peak", {}).items():
+        if peak["after"] > peak["before"]:  # else it is that of making the state
+            rows.append(_row(f"{program}, run", "peak", sum(absent["programs"][program].values()), peak["after"]))
     return rows
 
 
@@ -140,14 +142,15 @@ def recorded_run(folder: pathlib.Path, stem: str, gpu: str) -> dict | None:
 def compare_recorded(side: dict, run: dict, config: str) -> dict:
     """Returns the row of a recorded run's peak."""
     name = f"train, {run['steps']} steps of `{config}` recorded at {run['commit']}"
-    return _row(name, "peak", sum(side["recorded_train"].values()), run["peak_bytes"])
+    return _row(name, "peak", sum(side["recorded"]["train"].values()), run["peak_bytes"])
 
 
 def as_markdown(result: dict) -> str:
     """Returns both sides as a table, or the one that is there as a line."""
     lines = ["# The compile-only GPU against the real one\n\n"]
     lines += [_side_line(name, side) for name, side in result["sides"].items()]
-    lines.append(f"Model of the small programs: `{result['config']}` with {', '.join(f'`{each}`' for each in result['small'])}.\n\n")
+    settings = ", ".join(f"`{each}`" for each in result["small"])
+    lines.append(f"Model of the small programs: `{result['config']}` with {settings}.\n\n")
     if not result["rows"]:
         return "".join(lines) + "The other side has not been compiled yet.\n"
     lines.append("| program | bytes of | absent (compiled) | real | difference | goal |\n|---|---|---|---|---|---|\n")
@@ -168,35 +171,43 @@ def _side_line(name: str, side: dict) -> str:
     )
 
 
-def check_device(config: Config, stem: str, folder: pathlib.Path) -> dict:
-    """Compiles the side that the flags name; returns it beside the other one, if that is on file, and their comparison.
+def check_device(config: Config, stem: str, folder: pathlib.Path) -> Iterator[dict]:
+    """Compiles the side that the flags name; yields it, as it grows, beside what is on file of the other one.
 
     Raises:
-      ConfigError: no GPU, one that is not known, or jax without its CUDA plugin.
+      ConfigError: jax without its CUDA plugin.
     """
-    gpu = config.cluster.gpu
-    path, run = folder / f"aot_{gpu}_check.json", recorded_run(folder, stem, gpu)
+    path, run = folder / f"aot_{config.cluster.gpu}_check.json", recorded_run(folder, stem, config.cluster.gpu)
     sides = json.loads(path.read_text())["sides"] if path.exists() else {}
-    opening = results.provenance(results.command_line("moe_ep.aot.check")) | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
+    opening = results.provenance(results.command_line("moe_ep.aot.check"))
     small = check(override.apply(config, SMALL))
     if _DEVICE.value == "real":
-        sides["real"] = opening | {"device": device.device_kind()} | real_side(small)
+        name, parts = device.device_kind(), real_side(small)
     else:
-        sides["absent"] = opening | {"device": f"absent {gpu}"} | absent_side(small, run and _recorded_train(config))
-    rows = compare(sides) if len(sides) == 2 else []
-    if run and sides.get("absent", {}).get("recorded_train"):
+        name, parts = f"absent {config.cluster.gpu}", absent_side(small, run and _recorded_train(config))
+    side = sides[_DEVICE.value] = {**opening, "xla_flags": os.environ.get("XLA_FLAGS", ""), "device": name}
+    for part in parts:
+        for how, programs in part.items():
+            side.setdefault(how, {}).update(programs)
+        yield {"config": f"configs/{stem}.py", "small": SMALL, "sides": sides, "rows": _rows(sides, run, stem)}
+
+
+def _rows(sides: dict[str, Side], run: dict | None, stem: str) -> list[dict]:
+    rows = compare(sides["absent"], sides["real"]) if len(sides) == 2 else []
+    if run and "recorded" in sides.get("absent", {}):
         rows.append(compare_recorded(sides["absent"], run, f"configs/{stem}.py"))
-    return {"config": f"configs/{stem}.py", "small": SMALL, "sides": sides, "rows": rows}
+    return rows
 
 
 def _read_config() -> Config:
     """Returns the config for the device that the flags name."""
-    if _DEVICE.value == "absent":
+    if _DEVICE.value == "absent" or not pathlib.Path("/dev/nvidiactl").exists():
         use_no_gpu()
+    if _DEVICE.value == "absent":
         return check(override.apply(override.load(_CONFIG.value), _SET.value))
     gpu = gpu_of_device_kind(device.device_kind())
     if gpu is None:
-        raise ConfigError(f"--device=real: allowed on one of {', '.join(GPUS)}; here is a {device.device_kind()}")
+        raise ConfigError(f"--device=real: allowed on a GPU, one of {', '.join(GPUS)}; here is a {device.device_kind()}")
     return check(override.apply(override.load(_CONFIG.value), [*_SET.value, f"cluster.gpu={gpu.name}"]))
 
 
@@ -207,14 +218,12 @@ def main(argv: list[str]) -> None:
     folder, stem = pathlib.Path(_OUT.value), pathlib.Path(_CONFIG.value).stem
     try:
         config = _read_config()
-        result = check_device(config, stem, folder)
+        for result in check_device(config, stem, folder):
+            results.write(folder, f"aot_{config.cluster.gpu}_check", result, as_markdown(result))
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(f"moe_ep.aot.check: {error}", file=sys.stderr)
         sys.exit(2)
-    markdown = as_markdown(result)
-    print(markdown)
-    for path in results.write(folder, f"aot_{config.cluster.gpu}_check", result, markdown):
-        print(f"wrote {path}", file=sys.stderr)
+    print(as_markdown(result))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from moe_ep.aot.draw import draw_layer, write_trace
 from moe_ep.aot.report import PROGRAM_COLUMNS, aot_table, coverage_table, limits_text, table
 from moe_ep.aot.search import search_limits
 from moe_ep.aot.summary import dispatch_name, summarize, summarize_kept
+from moe_ep.aot.topology import use_no_gpu
 from moe_ep.config import Config, ConfigError
 from moe_ep.progress import Finished, Progress
 
@@ -22,6 +23,7 @@ def aot(config: Config, workdir: pathlib.Path) -> dict:
     Raises:
       ConfigError: a wrong layout, jax without its CUDA plugin, or a work directory that cannot be written.
     """
+    use_no_gpu()
     finished = _open(workdir)
     compiled = compile_program(config)
     result = summarize(config, compiled)

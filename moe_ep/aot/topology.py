@@ -81,6 +81,7 @@ def compile_only_devices(cluster: ClusterConfig, gpus: int) -> Sequence[jax.Devi
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"--mode=aot: XLA's GPU compiler is needed: pip install 'jax[cuda12]=={jax.__version__}' ({reason})"
+            f"compiling for absent GPUs needs XLA's GPU compiler: scripts/setup cuda12, or pip install "
+            f"'jax[cuda12]=={jax.__version__}' ({reason})"
         ) from error
     return topology.devices
