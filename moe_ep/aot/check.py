@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.sharding import Mesh
 
 from moe_ep import override, results
+from moe_ep.aot import command
 from moe_ep.aot.compile import ABSENT_OPTIONS, absent_mesh, program_of
 from moe_ep.aot.topology import use_no_gpu
 from moe_ep.config import Config, ConfigError, check
@@ -28,11 +29,6 @@ from moe_ep.hardware import GPUS, gpu_of_device_kind
 from moe_ep.kernels import device
 from moe_ep.mesh import COMPILER_OPTIONS, make_mesh, peak_bytes, place_batch
 from moe_ep.train.state import init_state
-
-_DEVICE = flags.DEFINE_enum("device", "absent", ["absent", "real"], "Which of the two to compile for.")
-_CONFIG = flags.DEFINE_string("config", "configs/single_gpu.py", "The config file.")
-_SET = flags.DEFINE_multi_string("set", [], "name=value, as in moe_ep.run.")
-_OUT = flags.DEFINE_string("out", "results", "The folder of the result files.")
 
 PROGRAMS = ("prefill", "decode", "train")
 # What makes the config small enough to be compiled three times within a minute.
@@ -171,8 +167,14 @@ def _side_line(name: str, side: dict) -> str:
     )
 
 
-def check_device(config: Config, stem: str, folder: pathlib.Path) -> Iterator[dict]:
-    """Compiles the side that the flags name; yields it, as it grows, beside what is on file of the other one.
+def check_device(which: str, config: Config, stem: str, folder: pathlib.Path) -> Iterator[dict]:
+    """Compiles for the absent or the real GPU; yields its side, as it grows, beside what is on file of the other one.
+
+    Args:
+      which: "absent" or "real".
+      config: its cluster's GPU is the one compared.
+      stem: the config's name, by which recorded runs are found.
+      folder: of the result files.
 
     Raises:
       ConfigError: jax without its CUDA plugin.
@@ -181,11 +183,11 @@ def check_device(config: Config, stem: str, folder: pathlib.Path) -> Iterator[di
     sides = json.loads(path.read_text())["sides"] if path.exists() else {}
     opening = results.provenance(results.command_line("moe_ep.aot.check"))
     small = check(override.apply(config, SMALL))
-    if _DEVICE.value == "real":
+    if which == "real":
         name, parts = device.device_kind(), real_side(small)
     else:
         name, parts = f"absent {config.cluster.gpu}", absent_side(small, run and _recorded_train(config))
-    side = sides[_DEVICE.value] = {**opening, "xla_flags": os.environ.get("XLA_FLAGS", ""), "device": name}
+    side = sides[which] = {**opening, "xla_flags": os.environ.get("XLA_FLAGS", ""), "device": name}
     for part in parts:
         for how, programs in part.items():
             side.setdefault(how, {}).update(programs)
@@ -199,32 +201,35 @@ def _rows(sides: dict[str, Side], run: dict | None, stem: str) -> list[dict]:
     return rows
 
 
-def _read_config() -> Config:
-    """Returns the config for the device that the flags name."""
-    if _DEVICE.value == "absent" or not pathlib.Path("/dev/nvidiactl").exists():
-        use_no_gpu()
-    if _DEVICE.value == "absent":
-        return check(override.apply(override.load(_CONFIG.value), _SET.value))
+def on_this_gpu(config: Config) -> Config:
+    """Returns the config with the GPU that is here as its cluster's.
+
+    Raises:
+      ConfigError: there is none, or one that is not known.
+    """
     gpu = gpu_of_device_kind(device.device_kind())
     if gpu is None:
         raise ConfigError(f"--device=real: allowed on a GPU, one of {', '.join(GPUS)}; here is a {device.device_kind()}")
-    return check(override.apply(override.load(_CONFIG.value), [*_SET.value, f"cluster.gpu={gpu.name}"]))
+    return override.apply(config, [f"cluster.gpu={gpu.name}"])
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Compiles one side, adds it to the file, and compares when both are there."""
-    if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Only flags are taken")
-    folder, stem = pathlib.Path(_OUT.value), pathlib.Path(_CONFIG.value).stem
-    try:
-        config = _read_config()
-        for result in check_device(config, stem, folder):
-            results.write(folder, f"aot_{config.cluster.gpu}_check", result, as_markdown(result))
-    except ConfigError as error:
-        print(f"moe_ep.aot.check: {error}", file=sys.stderr)
-        sys.exit(2)
+    given = flags.FLAGS
+    folder, stem = pathlib.Path(given.out), pathlib.Path(given.config).stem
+    config = check(override.apply(override.load(given.config), given.set))
+    command.check_folder(given.out)
+    if given.device == "absent" or not pathlib.Path("/dev/nvidiactl").exists():
+        use_no_gpu()
+    config = config if given.device == "absent" else on_this_gpu(config)
+    for result in check_device(given.device, config, stem, folder):
+        results.write(folder, f"aot_{config.cluster.gpu}_check", result, as_markdown(result))
     print(as_markdown(result))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.DEFINE_enum("device", "absent", ["absent", "real"], "Which of the two to compile for.")
+    flags.DEFINE_string("config", "configs/single_gpu.py", "The config file.")
+    flags.DEFINE_multi_string("set", [], "name=value, as in moe_ep.run.")
+    flags.DEFINE_string("out", "results", "The folder of the result files.")
+    command.run(main)

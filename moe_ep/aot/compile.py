@@ -12,6 +12,7 @@ from moe_ep.aot.schedule import read_schedule
 from moe_ep.aot.timeline import Timeline, walk
 from moe_ep.aot.topology import compile_only_devices
 from moe_ep.config import Config, require
+from moe_ep.kernels.device import is_hopper
 from moe_ep.mesh import COMPILER_OPTIONS, make_mesh
 from moe_ep.programs import Program, make_program
 
@@ -25,7 +26,8 @@ class Compiled(NamedTuple):
     """A program compiled for absent GPUs, and what was read from it."""
 
     gpus: int
-    compile_s: float
+    compile_s: float  # lowering included, by the clock
+    compile_cpu_s: float  # the same, summed over the cores
     module: Module
     memory: MemoryReport
     schedule: dict
@@ -72,10 +74,11 @@ def compile_program(config: Config) -> Compiled:
     Raises:
       ConfigError: a wrong layout, or jax without its CUDA plugin.
     """
+    _check_kernels(config)
     gpus, program = gpus_of(config), program_of(config, absent_mesh(config))
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     compiled = program.function.lower(*program.arguments).compile(compiler_options=ABSENT_OPTIONS)
-    compile_s = time.perf_counter() - begin
+    compile_s, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
     module = parse(compiled.as_text())
     memory = read_memory(compiled, module, program.arguments, config.cluster.device.memory_bytes)
     schedule = read_schedule(
@@ -86,7 +89,13 @@ def compile_program(config: Config) -> Compiled:
         tokens_per_gpu=program.tokens_per_gpu,
         expert_rows=_expert_rows(config, program.tokens_per_gpu),
     )
-    return Compiled(gpus, compile_s, module, memory, schedule, walk(schedule, make_estimates(config.cluster)))
+    return Compiled(gpus, compile_s, cpu_s, module, memory, schedule, walk(schedule, make_estimates(config.cluster)))
+
+
+def _check_kernels(config: Config) -> None:
+    implementation, gpu = config.model.moe.implementation, config.cluster.gpu
+    require(implementation != "mosaic" or is_hopper(gpu), "model.moe.implementation", implementation,
+            f"auto on {gpu}: these kernels are Hopper's")  # fmt: skip
 
 
 def _expert_rows(config: Config, tokens: int) -> float:

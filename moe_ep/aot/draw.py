@@ -71,16 +71,22 @@ def compute_blocks(events: Sequence[Event]) -> list[Block]:
     """Returns the compute lane: neighbors of one part of the model joined, and where it waits for the network."""
     blocks: list[Block] = []
     for event, begin, end in _in_ms(events, "compute"):
-        kind = event.side or "other"
+        kind = _part_of(event.scope)
         if blocks and blocks[-1].kind == kind and begin - blocks[-1].end < _SHORTEST_MS:
             blocks[-1] = blocks[-1]._replace(end=end)
         else:
-            blocks.append(Block(kind, event.side, begin, end))
+            blocks.append(Block(kind, "" if kind == "other" else kind, begin, end))
     # A gap is a wait only while the network carries something: loops over other layers leave gaps as well.
     carried = [(begin, end) for _, begin, end in _in_ms(events, "network")]
     gaps = [(last.end, following.begin) for last, following in zip(blocks, blocks[1:])]
     waits = [(max(gap[0], begin), min(gap[1], end)) for gap in gaps for begin, end in carried]
     return blocks + [Block("waiting", "", begin, end) for begin, end in waits if end - begin > _SHORTEST_MS]
+
+
+def _part_of(scope: str) -> str:
+    """Which half of a MoE layer compute belongs to, or neither (norms, router, packing)."""
+    names = scope.split("/")
+    return next((part for part in ("attention", "experts") if part in names), "other")
 
 
 def network_blocks(events: Sequence[Event]) -> list[Block]:

@@ -9,9 +9,9 @@ from moe_ep.aot.compile import Compiled, compile_program
 from moe_ep.aot.draw import draw_layer, write_trace
 from moe_ep.aot.report import PROGRAM_COLUMNS, aot_table, coverage_table, limits_text, table
 from moe_ep.aot.search import search_limits
-from moe_ep.aot.summary import dispatch_name, summarize, summarize_kept
+from moe_ep.aot.summary import describe, open_kept, summarize, summarize_kept
 from moe_ep.aot.topology import use_no_gpu
-from moe_ep.config import Config, ConfigError
+from moe_ep.config import Config
 from moe_ep.progress import Finished, Progress
 
 
@@ -24,7 +24,7 @@ def aot(config: Config, workdir: pathlib.Path) -> dict:
       ConfigError: a wrong layout, jax without its CUDA plugin, or a work directory that cannot be written.
     """
     use_no_gpu()
-    finished = _open(workdir)
+    finished = open_kept(workdir)
     compiled = compile_program(config)
     result = summarize(config, compiled)
     pages = [aot_table(config, result), coverage_table(compiled.timeline)]
@@ -40,15 +40,6 @@ def aot(config: Config, workdir: pathlib.Path) -> dict:
     result["files"]["page"] = str(page)
     print("\n".join(f"{kind}: {path}" for kind, path in result["files"].items()))
     return result
-
-
-def _open(workdir: pathlib.Path) -> Finished:
-    try:
-        return Finished(workdir / "rows.jsonl")
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"--workdir={workdir}: allowed is a directory that can be written, whose rows.jsonl is its own ({error})"
-        ) from None
 
 
 def _compare(config: Config, finished: Finished) -> tuple[list[dict], str]:
@@ -93,14 +84,14 @@ def _stem(config: Config, gpus: int) -> str:
 def _captions(config: Config, compiled: Compiled) -> tuple[str, str, str]:
     """The picture's title, what is predicted of its schedule, and why that does not hold where it does not."""
     cluster, memory, timeline = config.cluster, compiled.memory, compiled.timeline
-    title = (
-        f"{config.aot.program}, {config.model.moe_layers} MoE layers, {compiled.gpus} x {cluster.gpu}, "
-        f"{config.aot.tokens_per_gpu} tokens per GPU, {dispatch_name(config)}"
-    )
+    title = f"{describe(config)}, {config.model.moe_layers} MoE layers"
+    hidden = (
+        f"{timeline.hidden_share():.1%} of dispatch and combine hidden (bound {timeline.bound():.1%})"
+        if any(transfer.is_exchange for transfer in timeline.transfers) else "dispatch and combine cross no link"
+    )  # fmt: skip
     note = (
-        f"Compiled schedule, predicted times: {timeline.hidden_share():.1%} of dispatch and combine hidden (bound "
-        f"{timeline.bound():.1%}); {cluster.nics_per_node} NICs of {cluster.nic_gigabits_per_s:.0f} Gb/s per node of "
-        f"{cluster.gpus_per_node} GPUs"
+        f"Compiled schedule, predicted times: {hidden}; {cluster.nics_per_node} NICs of {cluster.nic_gigabits_per_s:.0f} "
+        f"Gb/s per node of {cluster.gpus_per_node} GPUs"
     )
     warning = "" if memory.fits else (
         f"Does not fit, {memory.missing / 1e9:.1f} GB are missing of {memory.capacity / 1e9:.0f} GB: no overlap is stated, "

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from moe_ep.aot.summary import OVER_MEMORY
+from moe_ep.aot.summary import OVER_MEMORY, size_text
 from moe_ep.aot.timeline import Timeline
 from moe_ep.config import Config
 
@@ -19,8 +19,8 @@ def _headline(config: Config, result: dict) -> str:
     cluster = config.cluster
     chosen = ", chosen by dispatch.overlap=auto" if config.dispatch.overlap == "auto" else ""
     return (
-        f"{result['program']}: {config.aot.tokens_per_gpu} tokens per GPU, context {config.aot.context}, compiled for "
-        f"{result['gpus']} x {cluster.gpu} in {result['compile_s']:.1f} s; "
+        f"{result['program']}: {size_text(config)}, compiled for {result['gpus']} x {cluster.gpu} in "
+        f"{result['compile_s']:.1f} s; "
         f"transport {config.dispatch.transport}, overlap {result['overlap']}{chosen}"
     )
 
@@ -61,11 +61,15 @@ def _overlap(config: Config, result: dict) -> list[str]:
             f"no overlap is stated: {OVER_MEMORY}",
             f"(as it stands: {step * 1e3:.2f} ms, {share:.1%} of dispatch and combine hidden; {links})",
         ]
-    return [
-        f"predicted step {result['predicted_step_s'] * 1e3:.2f} ms; of dispatch and combine {result['hidden_share']:.1%} "
-        f"hidden (bound {result['hidden_share_bound']:.1%}), of all collectives {result['hidden_share_all_collectives']:.1%} "
-        f"({links})"
-    ]
+    once = result["loops_counted_once"]
+    too_short = [f"{once} loops run as often as the data says and are counted once: times are too short "
+                 f"(model.moe.implementation={config.model.moe.implementation}; auto takes the GPU's kernels)"]  # fmt: skip
+    hidden = (
+        f"of dispatch and combine {result['hidden_share']:.1%} hidden (bound {result['hidden_share_bound']:.1%}), of all "
+        f"collectives {result['hidden_share_all_collectives']:.1%} ({links})"
+        if result["exchange_s"] else "dispatch and combine cross no link"
+    )  # fmt: skip
+    return (too_short if once else []) + [f"predicted step {result['predicted_step_s'] * 1e3:.2f} ms; {hidden}"]
 
 
 def coverage_table(timeline: Timeline) -> str:
@@ -98,6 +102,7 @@ Columns = dict[str, Callable[[dict], str]]
 PROGRAM_COLUMNS: Columns = {
     "transport, overlap": lambda row: row["dispatch"],
     "lower + compile, s (measured)": lambda row: f"{row['compile_s']:.1f}",
+    "of all cores, s (measured)": lambda row: f"{row['compile_cpu_s']:.1f}",
     "GB a GPU (compiled)": lambda row: f"{row['bytes_per_gpu']['total'] / _GB:.2f}",
     "dispatch buffers, GB (compiled)": lambda row: f"{row['bytes_per_gpu']['by_part'].get('dispatch_buffers', 0) / _GB:.3f}",
     "temporaries, GB (compiled)": lambda row: f"{row['bytes_per_gpu']['temporaries'] / _GB:.3f}",

@@ -2,7 +2,8 @@
 
 The dictionary (format "moe_ep.schedule/1") is also what the simulator reads. A
 computation is the list of its instructions in issue order; numbers are per GPU and
-per single execution, loops carry their trip count.
+per single execution, loops carry their trip count; one that runs as often as the data says is
+marked and counted once.
 """
 
 import dataclasses
@@ -44,6 +45,12 @@ def read_schedule(
     }
 
 
+def data_dependent_loops(schedule: dict) -> int:
+    """Returns how many loops of a schedule run as often as the data says, and are counted once in it."""
+    entries = (entry for computation in schedule["computations"].values() for entry in computation)
+    return sum(entry.get("data_dependent", False) for entry in entries)
+
+
 class _Reader:
     """Collects the computations that the entry reaches."""
 
@@ -63,7 +70,8 @@ class _Reader:
         if instruction.opcode == "while":
             body = self.read(self.module.callee(instruction, "body"))
             trips = trip_count(self.module, instruction)
-            return {"kind": "loop", "name": instruction.name, "body": body, "trip_count": trips}
+            entry = {"kind": "loop", "name": instruction.name, "body": body, "trip_count": trips}
+            return entry if trips is not None else {**entry, "trip_count": 1, "data_dependent": True}
         if instruction.opcode == "call":
             body = self.read(self.module.callee(instruction, "to_apply"))
             return {"kind": "call", "name": instruction.name, "body": body}

@@ -3,11 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import pathlib
 from collections.abc import Callable
 
 from moe_ep.aot.compile import Compiled, compile_program, gpus_of, overlap_of
+from moe_ep.aot.schedule import data_dependent_loops
 from moe_ep.aot.timeline import Timeline, Transfer
-from moe_ep.config import Config
+from moe_ep.config import Config, ConfigError
 from moe_ep.progress import Finished
 from moe_ep.results import provenance
 
@@ -38,6 +40,7 @@ def summarize(config: Config, compiled: Compiled) -> dict:
         "tokens_per_gpu": config.aot.tokens_per_gpu,
         "context": config.aot.context,
         "compile_s": round(compiled.compile_s, 2),
+        "compile_cpu_s": round(compiled.compile_cpu_s, 2),
         "fits": memory.fits,
         "missing_bytes": memory.missing,
         "capacity_bytes": memory.capacity,
@@ -48,6 +51,7 @@ def summarize(config: Config, compiled: Compiled) -> dict:
             "total": memory.total,
             "by_part": memory.by_part,
         },
+        "loops_counted_once": data_dependent_loops(compiled.schedule),
         "collectives": [_collective(transfer) for transfer in compiled.timeline.transfers],
         "bytes_sent_per_gpu": _sent(compiled.timeline, exchanges_only=False),
         "exchange_bytes_sent_per_gpu": _sent(compiled.timeline, exchanges_only=True),
@@ -92,6 +96,20 @@ def _collective(transfer: Transfer) -> dict:
     }
 
 
+def open_kept(workdir: pathlib.Path) -> Finished:
+    """Returns the programs that a work directory holds, in rows.jsonl.
+
+    Raises:
+      ConfigError: it cannot be written, or its rows.jsonl is something else.
+    """
+    try:
+        return Finished(workdir / "rows.jsonl")
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--workdir={workdir}: allowed is a directory that can be written, whose rows.jsonl is its own ({error})"
+        ) from None
+
+
 def summarize_kept(finished: Finished, say: Callable[[str], None]) -> Summarize:
     """Returns a function from a config to its summary, which compiles only what `finished` does not hold.
 
@@ -113,11 +131,12 @@ def summarize_kept(finished: Finished, say: Callable[[str], None]) -> Summarize:
 
 def describe(config: Config) -> str:
     """Returns a program in a few words: what, how much, on how many GPUs, by which transport and overlap."""
-    aot = config.aot
-    return (
-        f"{aot.program} of {aot.tokens_per_gpu} tokens, context {aot.context}, {gpus_of(config)} x {config.cluster.gpu}, "
-        f"{dispatch_name(config)}"
-    )
+    return f"{config.aot.program}, {size_text(config)}, {gpus_of(config)} x {config.cluster.gpu}, {dispatch_name(config)}"
+
+
+def size_text(config: Config) -> str:
+    """Returns what each GPU computes; in decode a token each of sequences that have `context` in the cache."""
+    return f"{config.aot.tokens_per_gpu // config.aot.context} sequences of {config.aot.context} tokens per GPU"
 
 
 def dispatch_name(config: Config) -> str:

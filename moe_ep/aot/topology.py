@@ -28,6 +28,7 @@ _DEVICE_KINDS = {
     "h800": "NVIDIA H800",
     "h200": "NVIDIA H200",
     "b200": "NVIDIA B200",
+    "gb200": "NVIDIA GB200",
 }
 
 

@@ -37,15 +37,15 @@ def test_neighbors_of_one_part_are_joined_and_only_a_busy_network_is_waited_for(
 
 
 def test_a_layer_is_a_pass_through_each_loop_that_exchanges():
-    loops = Timeline(1.0, 1.0, [transfer("moe/dispatch", "layers"), transfer("moe/dispatch", "back", backward=True)], EVENTS)
+    loops = Timeline(1.0, 1.0, [transfer("moe/dispatch", "layers"), transfer("moe/dispatch", "back", backward=True)], EVENTS, {})
     assert {body: len(events) for body, events in layer_bodies(loops).items()} == {"layers": 7, "back": 0}
-    unrolled = Timeline(1.0, 1.0, [transfer("moe/dispatch", "main", count=1)], EVENTS)
+    unrolled = Timeline(1.0, 1.0, [transfer("moe/dispatch", "main", count=1)], EVENTS, {})
     assert list(layer_bodies(unrolled)) == [""]
 
 
 @pytest.mark.parametrize("warning", ["", "does not fit"])
 @pytest.mark.parametrize("events", [EVENTS, [compute("attention", 0, 1)]])
 def test_every_timeline_can_be_drawn(events, warning, tmp_path):
-    timeline = Timeline(1.0, 1.0, [transfer("moe/dispatch", "layers")], events)
+    timeline = Timeline(1.0, 1.0, [transfer("moe/dispatch", "layers")], events, {})
     draw_layer(timeline, "prefill", "all hidden", tmp_path / "layer.png", warning=warning)
     assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")

@@ -8,7 +8,7 @@ import pytest
 from moe_ep.aot.collectives import replica_groups, scope_of
 from moe_ep.aot.estimates import make_estimates
 from moe_ep.aot.hlo import parse, trip_count
-from moe_ep.aot.schedule import read_schedule
+from moe_ep.aot.schedule import data_dependent_loops, read_schedule
 from moe_ep.aot.timeline import Estimates, walk
 from moe_ep.aot.work import Gemm, work_of
 from moe_ep.config import ClusterConfig
@@ -54,6 +54,14 @@ def test_instructions_shapes_and_trips():
     assert body.by_name["rows"].bytes == 16 * 4 * 8 * 2
     assert [shape.dimensions for shape in body.by_name["t"].shapes] == [(), (16, 4, 8), (3, 8, 8)]
     assert body.by_name["t"].operands == ("i", "done", "w")
+
+
+def test_a_loop_whose_passes_depend_on_data_is_counted_once_and_marked():
+    unknown = parse(MODULE.replace("constant(3)", "get-tuple-element(%p.1), index=0"))
+    assert trip_count(unknown, unknown.entry.root) is None
+    schedule = read_schedule(unknown, ClusterConfig(), gpus=16, program="prefill", tokens_per_gpu=64)
+    assert data_dependent_loops(schedule) == 1
+    assert walk(schedule, Estimates(lambda _: 1.0, lambda _: 0.5)).step_s == 2.0
 
 
 def test_a_collectives_bytes_are_split_by_link_and_its_scope_is_the_programs():

@@ -1,0 +1,95 @@
+"""The commands: what is not installed, what cannot be, what is kept when a run is killed, what the pages say."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moe_ep import override
+from moe_ep.aot import check, presets, summary
+from moe_ep.aot.compare import CHOICES, compare
+from moe_ep.aot.compile import compile_program
+from moe_ep.aot.summary import summarize_kept
+from moe_ep.config import ConfigError
+from moe_ep.progress import Finished, Progress
+
+WITHOUT_PLUGIN = """
+import importlib.metadata, runpy, sys
+sys.modules["jax_plugins"] = None
+importlib.metadata.entry_points = lambda **_: ()
+runpy.run_module("moe_ep.run", run_name="__main__")
+"""
+
+
+def test_without_the_gpu_compiler_one_line_says_what_to_install(tmp_path):
+    command = [sys.executable, "-c", WITHOUT_PLUGIN, "--mode=aot", "--config=configs/seed_e16.py", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "scripts/setup cuda12, or pip install 'jax[cuda12]==" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_kernels_of_another_gpu_are_refused():
+    config = override.apply(
+        override.load("configs/seed_e16.py"), ["cluster.gpu=b200", "model.moe.implementation=mosaic"]
+    )
+    with pytest.raises(ConfigError, match="model.moe.implementation=mosaic: allowed is auto on b200"):
+        compile_program(config)
+
+
+def made_up(config):
+    """A summary without a compiler: what fits at up to 4096 tokens."""
+    fits = config.aot.tokens_per_gpu <= 4096
+    total = 50_000_000_000 + (0 if fits else 20_000_000_000)
+    share = 0.5 if fits else None
+    links = {"same_node": 1e9, "other_node": 2e9}
+    return {
+        "dispatch": summary.dispatch_name(config), "fits": fits, "missing_bytes": 0 if fits else 6_000_000_000,
+        "compile_s": 1.0, "compile_cpu_s": 1.5, "hidden_share": share, "hidden_share_bound": share, "exchange_s": share,
+        "predicted_step_s": share, "bytes_per_gpu": {"total": total, "outputs": 0, "temporaries": 1, "by_part": {"experts": 2}},
+        "exchange_bytes_sent_per_gpu": links, "bytes_sent_per_gpu": links,
+    }  # fmt: skip
+
+
+def test_what_was_compiled_is_kept_and_not_compiled_again(monkeypatch, tmp_path):
+    config, compiled = override.load("configs/seed_e16.py"), []
+    monkeypatch.setattr(summary, "compile_program", lambda config: compiled.append(config))
+    monkeypatch.setattr(summary, "summarize", lambda config, _: made_up(config))
+    for _ in range(2):  # the second is the same command again
+        finished = Finished(tmp_path / "rows.jsonl")
+        rows = compare(config, summarize_kept(finished, lambda _: None), Progress("compare", len(CHOICES), shown=False))
+        assert [row["dispatch"] for row in rows][-1] == "ragged, staggered"
+        assert len(compiled) == len(CHOICES)
+    other = override.apply(config, ["aot.context=512"])
+    summarize_kept(finished, lambda _: None)(other)
+    assert compiled[-1] == other
+
+
+@pytest.mark.parametrize("name", presets.PAGES)
+def test_every_page_has_a_row_of_each_program_and_says_what_does_not_fit(name):
+    page = presets.PAGES[name]
+    programs = presets.programs_of(["configs/seed_e16.py"], page.programs, ["aot.tokens_per_gpu=8192"])
+    rows, text = page.make(programs, made_up, Progress(name, 1, shown=False))
+    assert {row["name"] for row in rows} == {f"seed_e16 {program}" for program in page.programs}
+    assert len(rows) == sum(map(page.rows_of, programs.values()))
+    assert name == "limits" or text.count("6.00 GB missing") == len(rows)
+    assert "(compiled)" in text
+
+
+def test_the_two_devices_are_compared_byte_by_byte(tmp_path):
+    sizes = {"arguments": 100, "outputs": 0, "temporaries": 1000}
+    real = {"programs": {"train": sizes | {"temporaries": 990}, "decode": sizes},
+            "peak": {"train": {"before": 500, "after": 1089}}}  # fmt: skip
+    rows = check.compare({"programs": {"train": sizes}}, real)  # decode was not compiled yet
+    assert [(row["bytes_of"], row["within_goal"]) for row in rows] == [
+        ("arguments", True), ("outputs", True), ("temporaries", True), ("peak", True),
+    ]  # fmt: skip
+    real["programs"]["train"] |= {"arguments": 101, "temporaries": 970}
+    assert [row["within_goal"] for row in check.compare({"programs": {"train": sizes}}, real)] == [False, True, False, True]
+
+    run = {"device": "NVIDIA H200", "commit": "abc", "runs": {"auto": {"peak_bytes": 7, "steps": [{}, {}]}}}
+    (tmp_path / "train_small_nvidia_h200.json").write_text(json.dumps(run))
+    assert check.recorded_run(tmp_path, "small", "h200")["peak_bytes"] == 7
+    assert check.recorded_run(tmp_path, "small", "h100") is None
