@@ -212,9 +212,12 @@ def measure(sizes: Sizes, seed: int, samples: int, sample_seconds: float) -> lis
         for kind, pair in kinds.items():
             counted = [(kernels, times[f"{kind}, {mode}, {kernels} kernels"]) for _, kernels in pair]
             rows.append({"mode": mode, "kind": kind, **_slope(*counted)})
-        launch = pair[1].contender.launch
-        rows[-1]["profile"] = profile_steps(lambda: launch().places, _PROFILED_CALLS)
+        rows[-1]["profile"] = _profile(pair[1].contender)  # of the loop over every kind
     return rows
+
+
+def _profile(contender: Contender) -> dict:
+    return profile_steps(lambda: contender.launch().places, _PROFILED_CALLS)
 
 
 def _slope(short: tuple[int, Times], long: tuple[int, Times]) -> dict:
@@ -230,7 +233,9 @@ def _slope(short: tuple[int, Times], long: tuple[int, Times]) -> dict:
 def summarize(rows: list[dict]) -> dict[str, float]:
     """Returns microseconds of a small kernel by mode: the mean over a routing's kinds."""
     return {
-        mode: statistics.fmean(row["us_per_kernel"] for row in rows if row["mode"] == mode and row["kind"] in ROUTING_KINDS)
+        mode: statistics.fmean(
+            row["us_per_kernel"] for row in rows if row["mode"] == mode and row["kind"] in ROUTING_KINDS
+        )
         for mode in MODES
     }
 

@@ -1,6 +1,6 @@
 """Turns what the benchmarks measured into the table of this project's kernels.
 
-    python -m moe_ep.cost.from_tuning DEVICE       such as nvidia_h200: reads results/{tune,kernels,small_kernels}_DEVICE.json
+    python -m moe_ep.cost.from_tuning nvidia_h200     reads results/{tune,kernels,small_kernels}_nvidia_h200.json
 
 Products bound by compute come from the benchmark of the kernels, whose contenders take
 turns on a warm card: that is the rate that a whole program sees, 5-9 % below what the

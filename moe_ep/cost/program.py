@@ -37,7 +37,7 @@ def small_kernels(phase: str, routed: bool) -> int:
 
 
 def prefill_passes(model: ModelConfig, tokens: Number, expanded: Number, tp: int) -> list[Work]:
-    """Returns the passes of one layer's attention: values padded to the width of keys, which cuDNN wants equal, and cut after.
+    """Returns the passes of one layer's attention: values padded to the width of keys, as cuDNN wants, and cut after.
 
     Args:
       expanded: rows that keys and values are made of.
@@ -50,12 +50,12 @@ def prefill_passes(model: ModelConfig, tokens: Number, expanded: Number, tp: int
 
 
 def router_passes(model: ModelConfig, tokens: Number) -> list[Work]:
-    """Returns what scoring moves beside its product: tokens are turned into float32, of which the product reads twice the bytes."""
+    """Returns what scoring moves beside its product, which reads tokens that were turned into float32."""
     return [memory_pass(tokens * model.width * (2 + 4 + (4 - 2)))]
 
 
 def exchange_passes(model: ModelConfig, rows: Number, buffered: Number) -> list[Work]:
-    """Returns what an exchange of fixed buffers moves on a GPU beside the rows themselves: queues filled, headers set before them and cut off.
+    """Returns what an exchange of fixed buffers moves beside the rows: queues are filled, headers put before and cut off.
 
     Args:
       rows: that hold tokens; buffered: those of the buffers.

@@ -1,4 +1,4 @@
-"""What published training recipes do in a backward pass beside its products; `moe_ep.cost.program` has what this project's do."""
+"""What published training recipes do in a backward pass beside its products; `moe_ep.cost.program` has this project's."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ class Recipe:
 
 
 # arXiv:2412.19437: section 3.2.3 recomputes RMSNorm and MLA's up-projections; 3.3.1 and 3.3.3 keep weight gradients, into
-# which a batch is accumulated, in FP32; 3.3.2 and 3.5.2 quantise operands in 1x128 tiles, in 128x1 for the weights' gradients.
+# which a batch is accumulated, in FP32; 3.3.2 and 3.5.2 quantise in 1x128 tiles, in 128x1 for the weights' gradients.
 DEEPSEEK = Recipe(gradient_bytes=4, requantised=True, recomputed=True)
 # Megatron-LM accumulates into main gradients in FP32 (accumulate_allreduce_grads_in_fp32).
 MEGATRON_BF16 = Recipe(gradient_bytes=4, requantised=False, recomputed=False)

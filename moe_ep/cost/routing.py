@@ -140,7 +140,7 @@ def _pairs(layers: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def chances_met(share: np.ndarray, tokens: Number, top_k: int) -> np.ndarray:
-    """Returns for each expert the probability that one of so many tokens chose it, [experts]; a token's choices are distinct."""
+    """Returns for each expert the probability that one of so many tokens chose it, [experts]; a token's are distinct."""
     return 1 - (1 - np.minimum(top_k * share, 1.0)) ** tokens
 
 

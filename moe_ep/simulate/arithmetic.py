@@ -53,7 +53,8 @@ def balancing_rate(config: Config) -> Row:
         raw = balance(experts, 2, 8192, 0.01, updates=60)
         ours = balance(experts, 2, 8192, 0.01 / experts, updates=600)
         settled[experts] = raw.settled <= 1.1 * raw.floor
-        parts.append(f"E={experts}: {_loads(raw)}, after 60 updates; in units of the mean score {_loads(ours)}, after 600")
+        scaled = f"in units of the mean score {_loads(ours)}, after 600"
+        parts.append(f"E={experts}: {_loads(raw)}, after 60 updates; {scaled}")
     step_ms = 1e3 * setting.step_s(setting.scenario(128, 128, "decode", 32))
     parts.append(f"100 ms are {max(round(100 / step_ms), 1)} steps of {step_ms:.0f} ms (decode, 32 sequences a GPU, E = 128)")
     kept = [f"E={experts}" for experts, enough in settled.items() if enough]

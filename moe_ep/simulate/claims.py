@@ -80,7 +80,7 @@ def weak_scaling(setting: Setting) -> Row:
     for phase, batch in (("prefill", 2048), ("decode", 32)):
         first = setting.step_s(setting.scenario(16, 16, phase, batch))
         shares[phase] = first / setting.step_s(setting.scenario(128, 128, phase, batch))
-    value = "; ".join(f"{phase} {share:.0%}" for phase, share in shares.items())
+    value = "; ".join(f"{phase} {share:.1%}" for phase, share in shares.items())
     linear = [phase for phase, share in shares.items() if share >= 0.95]
     verdict = REPRODUCED if len(linear) == 2 else f"reproduced only if {linear[0]}" if linear else NOT
     return row("scaling to 128 GPUs", "linear", setting, "one expert a GPU, 128 against 16 GPUs, 2048 tokens or 32 "

@@ -34,7 +34,7 @@ def load(name: str) -> dict[str, typing.Any]:
 
 
 def exchanges(name: str) -> tuple[int, Number]:
-    """Returns how many exchanges of rows a recorded program's step has, and the bytes of one GPU's operand of the largest."""
+    """Returns how many exchanges of rows a recorded program's step has, and one GPU's bytes of the largest's operand."""
     document, sizes = load(name), collections.Counter()
     for entry, times in schedule.flat(document, document["entry"]):
         if entry["kind"].startswith("collective") and entry.get("op") in ("all_to_all", "ragged_all_to_all"):
@@ -61,7 +61,8 @@ def buffers(config: Config) -> Row:
     for experts in _SIZES:
         count, operand = exchanges(f"prefill_{experts}_staggered")
         most = max(most, operand / experts)
-        parts.append(f"E={experts}: {count} exchanges a step, the largest {operand / 1e6:.1f} MB, {operand / experts / 1e6:.2f} MB a peer")
+        sizes = f"the largest {operand / 1e6:.1f} MB, {operand / experts / 1e6:.2f} MB a peer"
+        parts.append(f"E={experts}: {count} exchanges a step, {sizes}")
     verdict = REPRODUCED if most >= 0.9 * 64e6 else f"{NOT}: they need less"
     inputs = "operands of the compiled all-to-alls, prefill of 2 x 1024 tokens a GPU, staggered"
     return row("communication buffers, as compiled", "64 MB per peer", None, inputs, "; ".join(parts), verdict, "compiled")

@@ -87,7 +87,7 @@ def _layer_load(
 def _active(
     routing: Routing, layer: int, tokens: Number, top_k: int, counts: np.ndarray, placement: Placement
 ) -> Number:
-    """Returns the experts with rows on the GPU that has most of them; of exact counts an expert with half a row is half one."""
+    """Returns the experts with rows on the GPU that has most of them; where counts are exact half a row is half an expert."""
     if routing.sampled:
         met = chances_met(routing.shares[layer], tokens, top_k)
         return most_met(met[placement.slots] / placement.replicas[placement.slots])
@@ -229,7 +229,8 @@ def expert_seconds(scenario: Scenario, load: LayerLoad, backward: bool, overlapp
     rows = load.rows.sum(axis=0)
     nodes = np.unique(np.maximum([rows.min(), rows.mean(), rows.max()], 1e-9))
     launch = scenario.stack.expert_launch_s * (3 if backward else 1)
-    return np.interp(rows, nodes, [_experts_on(scenario, node, load.active, backward, overlapped) + launch for node in nodes])
+    seconds = [_experts_on(scenario, node, load.active, backward, overlapped) for node in nodes]
+    return np.interp(rows, nodes, seconds) + launch
 
 
 def _experts_on(scenario: Scenario, rows: Number, active: Number, backward: bool, overlapped: bool) -> Number:

@@ -15,10 +15,13 @@ def test_exchanges_of_loops_are_counted_as_often_as_they_run():
 
 
 def test_instructions_of_nested_loops():
-    document = {"computations": {"main": [{"kind": "loop", "body": "outer", "trip_count": 3}, {"kind": "compute"}],
-                                 "outer": [{"kind": "call", "body": "inner"}],
-                                 "inner": [{"kind": "loop", "body": "leaf", "trip_count": 2}], "leaf": [{"kind": "done"}]}}  # fmt: skip
-    assert [*schedule.flat(document, "main")] == [({"kind": "done"}, 6), ({"kind": "compute"}, 1)]
+    bodies = {
+        "main": [{"kind": "loop", "body": "outer", "trip_count": 3}, {"kind": "compute"}],
+        "outer": [{"kind": "call", "body": "inner"}],
+        "inner": [{"kind": "loop", "body": "leaf", "trip_count": 2}],
+        "leaf": [{"kind": "done"}],
+    }
+    assert [*schedule.flat({"computations": bodies}, "main")] == [({"kind": "done"}, 6), ({"kind": "compute"}, 1)]
 
 
 def test_a_shared_nic_hides_less():
@@ -30,4 +33,4 @@ def test_a_shared_nic_hides_less():
 def test_recorded_memory_is_arguments_outputs_and_temporaries():
     for name, held in compiled.memory().items():
         parts = held["arguments"] + held["outputs"] + held["temporaries"]
-        assert held["total"] == pytest.approx(parts, rel=0.5) and held["total"] > held["arguments"], name
+        assert held["total"] == pytest.approx(parts), name

@@ -59,12 +59,12 @@ def test_rows_that_hold_tokens_are_counted_from_the_schedule():
     assert row_share(program, config_of("prefill_128_none").model) == pytest.approx(2 * 2048 / allocated)
 
 
-@pytest.mark.parametrize("name", ["decode_single", "decode_16_none", "decode_128_none", "prefill_single", "prefill_16_none", "prefill_128_none"])
-def test_small_kernels_are_as_many_as_the_compiler_made(name):
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("program", ["single", "16_none", "128_none"])
+def test_small_kernels_are_as_many_as_the_compiler_made(phase, program):
     """Those of a routed layer that touch less than a megabyte; the passes that the formula has beside them are few."""
-    program = compiled.load(name)
-    layer = program["computations"][max(
-        (entry for entry in program["computations"][program["entry"]] if entry["kind"] == "loop"), key=lambda loop: loop["trip_count"]
-    )["body"]]  # fmt: skip
+    document = compiled.load(f"{phase}_{program}")
+    loops = [entry for entry in document["computations"][document["entry"]] if entry["kind"] == "loop"]
+    layer = document["computations"][max(loops, key=lambda loop: loop["trip_count"])["body"]]
     tiny = [entry for entry in layer if entry["kind"] == "compute" and entry["bytes"] < 1e6 and not entry.get("gemms")]
-    assert len(tiny) == pytest.approx(small_kernels(name.split("_")[0], routed=True), abs=6)
+    assert len(tiny) == pytest.approx(small_kernels(phase, routed=True), abs=6)

@@ -194,7 +194,7 @@ def test_the_balancers_rate_settles_few_experts_and_swings_many(ledger):
 def test_claims_agree_with_first_principles(ledger):
     rows = {(row["claim"], row["reading"]): row for row in ledger["rows"]}
     constants = "NIC per node, source’s constants"
-    assert "prefill 53%" in rows["scaling to 128 GPUs", constants]["value"]
+    assert "prefill 53." in rows["scaling to 128 GPUs", constants]["value"]
     assert rows["use of the network", constants]["value"] == "85%"
     assert rows["both at once, E = 16", constants]["verdict"] == "not reproduced"
     assert rows["KV compression", "either"]["value"] == "3.98x"
