@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float32, Int32
 
+from moe_ep import results
 from moe_ep.bench import command, report
 from moe_ep.bench.timing import Contender, Times, measure_in_turns
 from moe_ep.bench.trace import profile_steps
@@ -270,7 +271,7 @@ def main(argv: list[str]) -> None:
     result |= {"sizes": sizes._asdict(), "us_per_small_kernel": summarize(rows), "rows": rows}
     markdown = as_markdown(result)
     print(markdown)
-    for path in report.write(command.OUT.value, report.file_stem("small_kernels"), result, markdown):
+    for path in results.write(command.OUT.value, report.file_stem("small_kernels"), result, markdown):
         print(f"wrote {path}", file=sys.stderr)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moe_ep import mesh
+from moe_ep import results
 from moe_ep.bench import correctness, kernel_cases, kernels, moe_layer, power, profile, report, timing
 from moe_ep.bench.kernel_cases import Case, Goal
 from moe_ep.bench.timing import Contender, Times
@@ -90,7 +91,7 @@ def test_rows_run_and_every_contender_is_right(tmp_path):
     for record in result["rows"]:
         assert all(contender["error"] < kernels.LARGEST_ERROR for contender in record["contenders"].values()), record
         assert record["met"] is None and not record["unavailable"]
-    paths = report.write(str(tmp_path), report.file_stem("kernels"), result, kernels.as_markdown(result))
+    paths = results.write(str(tmp_path), report.file_stem("kernels"), result, kernels.as_markdown(result))
     assert [path.name for path in paths] == ["kernels_cpu.json", "kernels_cpu.md"]
     assert len(json.loads(paths[0].read_text())["rows"]) == len(result["rows"])
 
