@@ -52,6 +52,7 @@ class Sizes(NamedTuple):
 SIZES = {"full": Sizes(), "tiny": Sizes(tokens=4, width=32, side=8, steps=(1, 2), trips=(2, 3))}
 # The second: a command buffer of fewer commands than this is not made.
 MODES = {"command buffers": {}, "one by one": {"xla_gpu_graph_min_graph_size": 2**30}}
+_LENGTHS = ("short", "long")
 _PROFILED_CALLS = 5
 
 
@@ -202,16 +203,16 @@ def measure(sizes: Sizes, seed: int, samples: int, sample_seconds: float) -> lis
     state = jax.block_until_ready(jax.jit(make_state, static_argnums=(0, 1))(sizes, seed))
     chains = {mode: compile_chains(sizes, state, options) for mode, options in MODES.items()}
     named = {
-        f"{kind}, {mode}, {program.kernels} kernels": program.contender
+        f"{length} {kind}, {mode}": program.contender
         for mode, kinds in chains.items()
         for kind, pair in kinds.items()
-        for program in pair
+        for length, program in zip(_LENGTHS, pair)
     }
     times = measure_in_turns(named, samples, sample_seconds)
     rows = []
     for mode, kinds in chains.items():
         for kind, pair in kinds.items():
-            counted = [(kernels, times[f"{kind}, {mode}, {kernels} kernels"]) for _, kernels in pair]
+            counted = [(program.kernels, times[f"{length} {kind}, {mode}"]) for length, program in zip(_LENGTHS, pair)]
             rows.append({"mode": mode, "kind": kind, **_slope(*counted)})
         rows[-1]["profile"] = _profile(pair[1].contender)  # of the loop over every kind
     return rows
@@ -222,23 +223,23 @@ def _profile(contender: Contender) -> dict:
 
 
 def _slope(short: tuple[int, Times], long: tuple[int, Times]) -> dict:
+    """A chain that the compiler joined into as many kernels as the shorter one says nothing: None."""
     more = long[0] - short[0]
     difference = long[1].median - short[1].median
     apart = sum(times.quartiles[1] - times.quartiles[0] for _, times in (short, long))
     return {
         "kernels": [short[0], long[0]], "seconds": [short[1].median, long[1].median],
-        "us_per_kernel": difference / more * 1e6, "spread": apart / difference,
+        "us_per_kernel": difference / more * 1e6 if more else None, "spread": apart / abs(difference),
     }  # fmt: skip
 
 
 def summarize(rows: list[dict]) -> dict[str, float]:
     """Returns microseconds of a small kernel by mode: the mean over a routing's kinds."""
-    return {
-        mode: statistics.fmean(
-            row["us_per_kernel"] for row in rows if row["mode"] == mode and row["kind"] in ROUTING_KINDS
-        )
-        for mode in MODES
-    }
+    means = {}
+    for mode in MODES:
+        kinds = [row["us_per_kernel"] for row in rows if row["mode"] == mode and row["kind"] in ROUTING_KINDS]
+        means[mode] = statistics.fmean(us for us in kinds if us is not None)
+    return means
 
 
 def as_markdown(result: dict) -> str:
@@ -259,8 +260,8 @@ def as_markdown(result: dict) -> str:
                        for pair in (row["kernels"], [1e3 * seconds for seconds in row["seconds"]]))  # fmt: skip
         seen = row.get("profile")
         profiled = f"{seen['idle_share']:.1%}, {seen['events_per_step']:.0f}" if seen else "-"
-        lines.append(f"| {row['kind']} | {row['mode']} | {kernels} | {ms} | {row['us_per_kernel']:.2f} | "
-                     f"{row['spread']:.1%} | {profiled} |\n")  # fmt: skip
+        us = "joined" if row["us_per_kernel"] is None else f"{row['us_per_kernel']:.2f}"
+        lines.append(f"| {row['kind']} | {row['mode']} | {kernels} | {ms} | {us} | {row['spread']:.1%} | {profiled} |\n")
     return "".join(lines)
 
 

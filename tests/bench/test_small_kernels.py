@@ -36,6 +36,7 @@ ENTRY %main (x: s32[4]) -> s32[4] {
     assert small_kernels.kernels_of(text, trips=5) == 1 + 5 * 2
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its compiler for CPUs drops barriers before it joins kernels")
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_of_a_chain_stand_apart_in_the_compiled_program(kind):
     state = small_kernels.make_state(TINY, 0)
@@ -61,6 +62,7 @@ def test_microseconds_are_of_what_the_long_chain_has_more():
     row = small_kernels._slope((40, short), (140, long))
     assert row["us_per_kernel"] == pytest.approx(2.0)
     assert row["spread"] == pytest.approx(0.2)
+    assert small_kernels._slope((40, short), (40, long))["us_per_kernel"] is None
 
 
 def test_every_kind_is_measured_in_both_modes_and_shown():
