@@ -115,7 +115,8 @@ def as_markdown(result: dict) -> str:
     """Returns the runs, their losses step by step, and the first run's profile."""
     runs = result["runs"]
     lines = [report.heading(f"Training `{result['config']}`, by implementation of the experts' products", result)]
-    lines += [f"XLA_FLAGS: `{result['xla_flags'].strip()}`.\n\n"] if result["xla_flags"] else []
+    flags_given = f" XLA_FLAGS: `{result['xla_flags'].strip()}`." if result["xla_flags"] else ""
+    lines.append(f"{result['tokens']:,} tokens a step, in sequences of {result['sequence']:,}.{flags_given}\n\n")
     lines.append("| experts' products | ms a step, median (quartiles) | tokens/s | MFU | peak memory so far |\n")
     lines.append("|---|---|---|---|---|\n")
     for name, run in runs.items():
@@ -156,7 +157,11 @@ def main(argv: list[str]) -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     stem = pathlib.Path(_CONFIG.value).stem
-    result = provenance | {"config": stem, "xla_flags": os.environ.get("XLA_FLAGS", ""), "runs": {}}
+    train = config.train
+    result = provenance | {
+        "config": stem, "tokens": train.batch_sequences * train.sequence, "sequence": train.sequence,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""), "runs": {},
+    }  # fmt: skip
     for name, changed in configs.items():
         first = not result["runs"]
         result["runs"][name] = measure(changed, _STEPS.value, _PROFILED.value if first else 0)

@@ -58,8 +58,7 @@ def _training(record: Row) -> collections.abc.Iterator[Figure]:
         return
     path = f"configs/{record['config']}.py"
     config = load(path)
-    step, memory = _predicted(config, phase="train", tokens=config.train.batch_sequences * config.train.sequence,
-                              context=config.train.sequence)  # fmt: skip
+    step, memory = _predicted(config, phase="train", tokens=record["tokens"], context=record["sequence"])
     yield f"training step of {path}", "ms", 1e3 * run["seconds"], step
     yield f"peak memory of {path}", "GB", run["peak_bytes"] / 1e9, memory
 
