@@ -115,21 +115,25 @@ def capped(weights: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def _recorded(kind: str, path: str, spec: str, num_experts: int) -> Routing:
+    """Reads counts, or counts the choices of a trace, in which pairs are seen too."""
+    flag = f"--set simulate.routing={spec}"
     try:
         data = np.load(path) if kind == "trace" else np.asarray(json.loads(open(path).read()), dtype=float)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--set simulate.routing={spec}: allowed is a readable file ({error})") from error
-    if kind == "histogram":
-        counts, together = np.atleast_2d(data), None
-    else:
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{flag}: allowed is a readable file of numbers ({error})") from error
+    counts, together = data, None
+    if kind == "trace":
         layers = data[None] if data.ndim == 2 else data
-        if layers.ndim != 3 or layers.min() < 0 or layers.max() >= num_experts:
-            allowed = f"int [layers, tokens, top_k] under {num_experts}"
-            raise ConfigError(f"--set simulate.routing={spec}: allowed is {allowed}")
+        whole = np.issubdtype(data.dtype, np.integer) and layers.ndim == 3 and layers.size
+        if not whole or layers.min() < 0 or layers.max() >= num_experts:
+            raise ConfigError(f"{flag}: allowed is int [layers, tokens, top_k] from 0 to {num_experts - 1}, at least one token")
         counts = np.stack([np.bincount(layer.reshape(-1), minlength=num_experts) for layer in layers]).astype(float)
         together = _pairs(layers, num_experts)
-    if counts.shape[1] != num_experts or counts.min() < 0 or (counts.sum(axis=1) == 0).any():
-        raise ConfigError(f"--set simulate.routing={spec}: allowed is {num_experts} counts a layer, not {counts.shape}")
+    counts = np.atleast_2d(counts)
+    if counts.ndim != 2 or counts.shape[1] != num_experts:
+        raise ConfigError(f"{flag}: allowed is {num_experts} counts a layer, not {counts.shape[-1]}")
+    if not np.isfinite(counts).all() or counts.min() < 0 or (counts.sum(axis=1) == 0).any():
+        raise ConfigError(f"{flag}: allowed is counts of zero and more, not all zero in a layer")
     return Routing(spec, counts / counts.sum(axis=1, keepdims=True), sampled=True, together=together)
 
 

@@ -1,5 +1,7 @@
 """Routing: shares, draws, buffers, and how many nodes a token reaches."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,3 +98,22 @@ def test_the_device_with_most_experts_met_is_the_mean_of_drawn_ones():
 def test_a_token_meets_distinct_experts():
     assert chances_met(np.full(8, 1 / 8), tokens=8, top_k=2) == pytest.approx(1 - 0.75**8)
     assert chances_met(np.array([0.5, 0.5, 0.0]), tokens=1, top_k=2) == pytest.approx([1.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("data, message", [
+    ({"a": 1}, "a readable file of numbers"),
+    ([1, 2, 3], "4 counts a layer, not 3"),
+    ([0, 0, 0, 0], "not all zero in a layer"),
+    ([1, 2, 3, -1], "counts of zero and more"),
+])  # fmt: skip
+def test_histograms_that_are_none_are_refused(data, message, tmp_path):
+    (tmp_path / "counts.json").write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match=message):
+        make_routing(f"histogram:{tmp_path / 'counts.json'}", 4, 2)
+
+
+@pytest.mark.parametrize("trace", [np.zeros((0, 2), int), np.ones((3, 2)), np.array([1, 2]), np.full((3, 2), 4)])
+def test_traces_that_are_none_are_refused(trace, tmp_path):
+    np.save(tmp_path / "trace.npy", trace)
+    with pytest.raises(ConfigError, match="from 0 to 3, at least one token"):
+        make_routing(f"trace:{tmp_path / 'trace.npy'}", 4, 2)
