@@ -63,10 +63,9 @@ def _program(config: Config, name: str) -> Config:
     return override.apply(config, [f"aot.program={name}"])
 
 
-def _recorded_train(config: Config) -> Config:
-    """The step that `--mode=train` compiles: the batch and the sequences of `config.train`."""
-    context, sequences = config.train.sequence, config.train.batch_sequences
-    sizes = {"program": "train", "context": context, "tokens_per_gpu": context * sequences}
+def _recorded_train(config: Config, run: dict) -> Config:
+    """The step of a recorded run."""
+    sizes = {"program": "train", "context": run["sequence"], "tokens_per_gpu": run["tokens"]}
     return override.apply(config, [f"aot.{name}={value}" for name, value in sizes.items()])
 
 
@@ -125,19 +124,19 @@ def _row(program: str, what: str, absent: int, real: int) -> dict:
 
 
 def recorded_run(folder: pathlib.Path, stem: str, gpu: str) -> dict | None:
-    """Returns device, commit, steps and peak of the training run of a config that `moe_ep.bench.train_step` recorded."""
+    """Returns device, commit, sizes, steps and peak of the training run of a config that `moe_ep.bench.train_step` recorded."""
     for path in sorted(folder.glob(f"train_{stem}_*.json")):
         record = json.loads(path.read_text())
         run, device = record["runs"].get("auto"), gpu_of_device_kind(record["device"])
         if run and run["peak_bytes"] and device and device.name == gpu:
-            return {"device": record["device"], "commit": record["commit"], "steps": len(run["steps"]),
-                    "peak_bytes": run["peak_bytes"]}  # fmt: skip
+            return {name: record[name] for name in ("device", "commit", "tokens", "sequence")} | {
+                "steps": len(run["steps"]), "peak_bytes": run["peak_bytes"]}  # fmt: skip
     return None
 
 
 def compare_recorded(side: dict, run: dict, config: str) -> dict:
     """Returns the row of a recorded run's peak."""
-    name = f"train, {run['steps']} steps of `{config}` recorded at {run['commit']}"
+    name = f"train, {run['steps']} steps of {run['tokens']:,} tokens of `{config}`, recorded at {run['commit']}"
     return _row(name, "peak", sum(side["recorded"]["train"].values()), run["peak_bytes"])
 
 
@@ -186,7 +185,7 @@ def check_device(which: str, config: Config, stem: str, folder: pathlib.Path) ->
     if which == "real":
         name, parts = device.device_kind(), real_side(small)
     else:
-        name, parts = f"absent {config.cluster.gpu}", absent_side(small, run and _recorded_train(config))
+        name, parts = f"absent {config.cluster.gpu}", absent_side(small, run and _recorded_train(config, run))
     side = sides[which] = {**opening, "xla_flags": os.environ.get("XLA_FLAGS", ""), "device": name}
     for part in parts:
         for how, programs in part.items():

@@ -89,7 +89,8 @@ def test_the_two_devices_are_compared_byte_by_byte(tmp_path):
     real["programs"]["train"] |= {"arguments": 101, "temporaries": 970}
     assert [row["within_goal"] for row in check.compare({"programs": {"train": sizes}}, real)] == [False, True, False, True]
 
-    run = {"device": "NVIDIA H200", "commit": "abc", "runs": {"auto": {"peak_bytes": 7, "steps": [{}, {}]}}}
+    steps = {"auto": {"peak_bytes": 7, "steps": [{}, {}]}}
+    run = {"device": "NVIDIA H200", "commit": "abc", "tokens": 64, "sequence": 8, "runs": steps}
     (tmp_path / "train_small_nvidia_h200.json").write_text(json.dumps(run))
     assert check.recorded_run(tmp_path, "small", "h200")["peak_bytes"] == 7
     assert check.recorded_run(tmp_path, "small", "h100") is None
