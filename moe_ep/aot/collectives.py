@@ -1,6 +1,7 @@
 """Collectives of a compiled module: who talks to whom, how many bytes, over which links."""
 
 import dataclasses
+import math
 import re
 
 import numpy as np
@@ -49,7 +50,13 @@ class Collective:
 
 
 def read_collective(
-    module: Module, computation: Computation, instruction: Instruction, *, gpus: int, gpus_per_node: int
+    module: Module,
+    computation: Computation,
+    instruction: Instruction,
+    *,
+    gpus: int,
+    gpus_per_node: int,
+    exchange_rows: float = math.inf,
 ) -> Collective | None:
     """Returns what a collective (or its start) does; None for any other instruction.
 
@@ -59,6 +66,7 @@ def read_collective(
       instruction: any instruction.
       gpus: of the whole program; GPU i stands in node i // gpus_per_node.
       gpus_per_node: the size of a node.
+      exchange_rows: that one GPU has for a ragged all-to-all, under even routing.
     """
     op = OPCODES.get(plain_opcode(module, instruction))
     if op is None or instruction.opcode.endswith("-done"):
@@ -68,7 +76,7 @@ def read_collective(
     members = replica_groups(named.attributes, gpus)
     if op == "collective_permute":
         return _permute(instruction, named, computation, gpus_per_node)
-    payload = _payload_bytes(computation, instruction, op)
+    payload = _payload_bytes(computation, instruction, op, exchange_rows)
     size = members.shape[1]
     nodes = len(set((members[0] // gpus_per_node).tolist()))
     sent = _sent_bytes(op, payload, size)
@@ -79,15 +87,17 @@ def read_collective(
     )  # fmt: skip
 
 
-def _payload_bytes(computation: Computation, instruction: Instruction, op: str) -> float:
+def _payload_bytes(computation: Computation, instruction: Instruction, op: str, exchange_rows: float) -> float:
     operands = [computation.by_name[name] for name in instruction.operands]
     if op == "all_gather":
         given = sum(operand.bytes for operand in operands)
         # A start's result holds its operands as well as what it gathers.
         return instruction.bytes - (given if instruction.opcode.endswith("-start") else 0.0)
     if op == "ragged_all_to_all":  # rows, the result's buffer, then offsets and sizes
-        # One of the two is the exact rows of this device's tokens, the other a buffer with room for more.
-        return min(operands[0].bytes, operands[1].bytes)
+        # One of the two is the exact rows of this device's tokens, the other a buffer with room for more; of
+        # the rows each wave takes its part.
+        rows = min(operands[0].shapes[0].dimensions[0], operands[1].shapes[0].dimensions[0])
+        return min(operands[0].bytes, operands[1].bytes) * min(1.0, exchange_rows / rows)
     return sum(operand.bytes for operand in operands)
 
 

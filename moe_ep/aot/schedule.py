@@ -9,7 +9,7 @@ marked and counted once.
 import dataclasses
 import math
 
-from moe_ep.aot.collectives import is_backward, read_collective, scope_of
+from moe_ep.aot.collectives import Collective, is_backward, read_collective, scope_of
 from moe_ep.aot.hlo import Computation, Instruction, Module, is_done, is_start, trip_count
 from moe_ep.aot.work import FREE_OPCODES, PRODUCT_DTYPES, Work, work_of
 from moe_ep.config import ClusterConfig
@@ -28,8 +28,8 @@ def read_schedule(
       gpus: of the program.
       program: its name, reported only.
       tokens_per_gpu: reported only.
-      expert_rows: rows with tokens in one call of the experts' kernels under even
-        routing; they skip the tiles of the buffer's other rows.
+      expert_rows: rows with tokens in one exchange and one call of the experts' kernels
+        under even routing: ragged transports send no others, kernels skip their tiles.
     """
     reader = _Reader(module, cluster, gpus, expert_rows)
     reader.read(module.entry)
@@ -77,9 +77,7 @@ class _Reader:
             return {"kind": "call", "name": instruction.name, "body": body}
         if is_done(instruction):
             return self._done(computation, instruction)
-        collective = read_collective(
-            self.module, computation, instruction, gpus=self.gpus, gpus_per_node=self.cluster.gpus_per_node
-        )
+        collective = self._collective(computation, instruction)
         if collective is None:
             return self._compute(computation, instruction)
         asynchronous = is_start(instruction) and not _is_synchronous(instruction)
@@ -97,12 +95,19 @@ class _Reader:
             "sent_other_node_bytes": collective.sent_other_node_bytes,
         }
 
+    def _collective(self, computation: Computation, instruction: Instruction) -> Collective | None:
+        return read_collective(
+            self.module,
+            computation,
+            instruction,
+            gpus=self.gpus,
+            gpus_per_node=self.cluster.gpus_per_node,
+            exchange_rows=self.expert_rows,
+        )
+
     def _done(self, computation: Computation, instruction: Instruction) -> dict | None:
         start = computation.by_name[instruction.operands[0]]
-        is_collective = read_collective(
-            self.module, computation, start, gpus=self.gpus, gpus_per_node=self.cluster.gpus_per_node
-        )
-        if is_collective is None or _is_synchronous(start):
+        if self._collective(computation, start) is None or _is_synchronous(start):
             return None
         return {"kind": "collective_done", "name": instruction.name, "start": start.name}
 

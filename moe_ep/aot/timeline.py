@@ -45,6 +45,7 @@ class Work(NamedTuple):
     op: str
     scope: str
     seconds: float
+    covers: bool = False  # an exchange of that computation is on its way meanwhile
 
     @property
     def is_experts(self) -> bool:
@@ -114,9 +115,10 @@ class Timeline:
         count, half = exchanges[0].count, sum(t.seconds for t in exchanges) / 2
         sides = [count * sum(work.seconds for work in self.work[body] if work.is_experts is side) for side in (True, False)]
         halves = sum(min(half, seconds) for seconds in sides)
-        # The network carries a transfer only between its start and its done: no more of it is hidden than this.
+        # The network carries one transfer at a time, between its start and its done: no more is hidden than this.
         scheduled = sum(min(t.seconds, t.count * sum(work.seconds for work in t.covered_by)) for t in exchanges)
-        return max(halves, scheduled)
+        covering = count * sum(work.seconds for work in self.work[body] if work.covers)
+        return max(halves, min(scheduled, covering))
 
     @property
     def network_s(self) -> float:
@@ -163,7 +165,8 @@ class _Walker:
                 now = self._wait(flying.pop(entry["start"])[1], now)
             else:
                 now, done = self._enter(entry, now, times)
-            self.work[name] += done
+            covers = any(transfer.is_exchange for transfer, _ in flying.values())
+            self.work[name] += [work._replace(covers=covers) for work in done]
             for transfer, _ in flying.values():
                 transfer.covered_by += done
         return now

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from moe_ep.dispatch import all_gather, all_to_all, ragged
-from moe_ep.dispatch.exchange import DispatchCounts, Exchange, make_exchange, sum_counts
+from moe_ep.dispatch.exchange import DispatchCounts, Exchange, end_pair, make_exchange, sum_counts
 from moe_ep.dispatch.plan import count_experts
 from moe_ep.kernels.grouped_matmul import RowGroups
 from moe_ep.shapes import Choices, Rows, TokenRows, Weights
@@ -99,9 +99,41 @@ def exchange_rows(
     """
     transport = TRANSPORTS[exchange.transport]
     plan = transport.plan(choices, exchange)
+    in_chunks = _IN_CHUNKS.get(exchange.transport, _at_once)
+    send_and_return = in_chunks if exchange.chunks > 1 else _at_once
+    return send_and_return(transport, tokens, weights, experts, plan, exchange), plan.counts
+
+
+def _at_once(
+    transport: Transport, tokens: TokenRows, weights: Weights, experts: Experts, plan: Any, exchange: Exchange
+) -> TokenRows:
     batches = transport.send(tokens, plan, exchange)
     outputs = [experts(batch.rows, batch.groups) for batch in batches]
-    return transport.bring_back(outputs, batches, weights, plan, exchange), plan.counts
+    return transport.bring_back(outputs, batches, weights, plan, exchange)
+
+
+def _in_turn(
+    transport: Transport, tokens: TokenRows, weights: Weights, experts: Experts, plan: Any, exchange: Exchange
+) -> TokenRows:
+    """While a slice is computed the next one comes and the last one goes back.
+
+    Barriers keep them apart: fused, the small kernels of all slices would wait for all to arrive.
+    """
+    packed = transport.pack(tokens, plan, exchange)
+    arrived, packed = end_pair(transport.move(packed[:1], plan, exchange), packed[1:])
+    came_back, computed = [], []
+    for _ in range(exchange.slices):
+        moved = transport.move(packed[:1], plan, exchange), transport.move_back(computed, plan, exchange)
+        batches = transport.receive(arrived, plan, exchange)
+        outputs = [experts(batch.rows, batch.groups) for batch in batches]
+        (arrived, back), computed = end_pair(moved, transport.pack_back(outputs, batches, weights, plan, exchange))
+        came_back, packed = came_back + back, packed[1:]
+    came_back += transport.move_back(computed, plan, exchange)
+    return transport.combine(came_back, weights, plan, exchange)
+
+
+# all_gather moves all slices in one collective, and ragged has no chunks.
+_IN_CHUNKS = {"all_to_all": _in_turn}
 
 
 __all__ = ["TRANSPORTS", "DispatchCounts", "Exchange", "Transport", "count_experts", "exchange_rows", "make_exchange", "sum_counts"]

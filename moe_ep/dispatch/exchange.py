@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,17 @@ CROSSED = "crossed_the_network"
 def crossed(values: Array) -> Array:
     """Names what a collective delivered, so that a backward pass that computes a layer again need not send again."""
     return checkpoint_name(values, CROSSED)
+
+
+def end_pair(moved: Any, work: Any) -> tuple[Any, Any]:
+    """Lets nothing that follows use either what was moved or the work beside it before both are done.
+
+    A barrier transposes to a barrier, so a backward pass has the same pairs in reverse.
+    """
+    # A backward pass keeps what was moved. It is stored after the work: storing it first
+    # would end the exchange first.
+    moved, _ = jax.lax.optimization_barrier((moved, work))
+    return jax.lax.optimization_barrier((jax.tree.map(crossed, moved), work))
 
 
 def row_tile(rows: int, groups: int) -> int:

@@ -28,7 +28,7 @@ from jaxtyping import Float32
 
 from moe_ep.config import DispatchConfig, require
 from moe_ep.dispatch import TRANSPORTS, Exchange, Experts, Transport
-from moe_ep.dispatch.exchange import crossed
+from moe_ep.dispatch.exchange import end_pair
 from moe_ep.mesh import vary
 from moe_ep.model.block import AttentionHalf, MoEBlock
 from moe_ep.model.moe import MoEReport
@@ -150,28 +150,30 @@ class _Body:
         first, second, computed, state = carry
         block, bias, replays, extras = layer
         stages, experts = self.exchanger, block.moe.experts
-        end_pair = _route_and_end_pair if stages.transport.PLANS_ALONE else _end_pair_and_route
+        route_beside = _route_and_end_pair if stages.transport.PLANS_ALONE else _end_pair_and_route
         with jax.named_scope("moe"):
             came_back = stages.move_back(computed)
         first, kept, state = self.attend(block.first, first, extras[0], state)
-        came_back, (first, routed, report) = end_pair(came_back, first, lambda x: self._route(block, x, bias, replays[0]))
+        came_back, (first, routed, report) = route_beside(
+            came_back, first, lambda x: self._route(block, x, bias, replays[0])
+        )
 
         with jax.named_scope("moe"):
             second = stages.add(second, came_back, computed)
             arrived = stages.move(routed)
         second, second_kept, state = self.attend(block.first, second, extras[1], state)
-        arrived, (second, second_routed, second_report) = end_pair(
+        arrived, (second, second_routed, second_report) = route_beside(
             arrived, second, lambda x: self._route(block, x, bias, replays[1])
         )
 
         with jax.named_scope("moe"):
             second_arrived = stages.move(second_routed)
             first_computed = stages.compute(experts, routed, arrived)
-            second_arrived, first_computed = _end_pair(second_arrived, first_computed)
+            second_arrived, first_computed = end_pair(second_arrived, first_computed)
 
             came_back = stages.move_back(first_computed)
             computed = stages.compute(experts, second_routed, second_arrived)
-            came_back, computed = _end_pair(came_back, computed)
+            came_back, computed = end_pair(came_back, computed)
             first = stages.add(first, came_back, first_computed)
         return (first, second, computed, state), (_merge_reports(report, second_report), _join(kept, second_kept))
 
@@ -193,23 +195,15 @@ class _Body:
         return self.exchanger.compute(block.moe.experts, routed, self.exchanger.move(routed))
 
 
-def _end_pair(moved: Any, work: Any) -> tuple[Any, Any]:
-    """Lets nothing that follows use either what was moved or the work beside it before both are done."""
-    # A backward pass keeps what was moved. It is stored after the work: storing it first
-    # would end the exchange first.
-    moved, _ = jax.lax.optimization_barrier((moved, work))
-    return jax.lax.optimization_barrier((jax.tree.map(crossed, moved), work))
-
-
 def _route_and_end_pair(moved: Any, x: Activations, route: Callable) -> tuple[Any, Any]:
     x, routed, report = route(x)
-    moved, (x, routed) = _end_pair(moved, (x, routed))
+    moved, (x, routed) = end_pair(moved, (x, routed))
     return moved, (x, routed, report)
 
 
 def _end_pair_and_route(moved: Any, x: Activations, route: Callable) -> tuple[Any, Any]:
     """What a plan gathers must not queue behind the next pair's exchange either."""
-    moved, x = _end_pair(moved, x)
+    moved, x = end_pair(moved, x)
     x, routed, report = route(x)
     moved, routed = jax.lax.optimization_barrier((moved, routed))
     return moved, (x, routed, report)

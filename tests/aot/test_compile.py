@@ -66,6 +66,20 @@ def test_padded_buffers_hide_what_their_bytes_allow():
 
 
 @needs_cuda_compiler
+@pytest.mark.parametrize(
+    ("experts", "settings", "share"),
+    [
+        # All but the first dispatch and the last combine of a layer: 6 of 8.
+        (16, ("dispatch.transport=all_to_all", "dispatch.overlap=chunks", "dispatch.chunks=4"), 0.75),
+        (128, ("dispatch.transport=ragged", "dispatch.waves=2"), 0.95),
+    ],
+)
+def test_chunks_and_waves_are_hidden_as_far_as_they_can_be(experts, settings, share):
+    _, _, result = compiled_preset(experts, *settings)
+    assert result["hidden_share"] >= share
+
+
+@needs_cuda_compiler
 def test_a_training_step_hides_its_exchanges_forward_and_backward():
     small = ("aot.program=train", "model.layers=3", "model.dense_layers=0", "model.vocabulary=8192")
     _, compiled, result = compiled_preset(16, *small)
