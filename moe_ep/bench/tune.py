@@ -30,7 +30,6 @@ WIDTH, HIDDEN = 7168, 18432
 LARGEST_ERROR = 1e-2  # of bfloat16 results, relative to their norm
 ACTIVATION = {1: "gelu", 2: "silu_gated"}
 WIDE = [Tiling(raster_width=width) for width in (4, 8, 16)]
-IN_PAIRS = [dataclasses.replace(tiling, cluster=2) for tiling in WIDE]
 # Fewer columns where 128 x 256 tiles would not fill the last round of multiprocessors.
 FEW_ROWS = [Tiling(raster_width=8), *(Tiling(columns=columns, stages=6, raster_width=8) for columns in (128, 192))]
 NARROW = [
@@ -87,7 +86,6 @@ def candidates(problem: Problem) -> dict[str, Callable]:
     runs = {baseline: jax.jit(_with_static(getattr(choice.IMPLEMENTATIONS[baseline], problem.step), problem))}
     for tiling in tilings_of(problem):
         name = f"{tiling.consumers}x64x{tiling.columns}, {tiling.stages} stages, raster {tiling.raster_width}"
-        name += ", in pairs" if tiling.cluster == 2 else ""
         step = functools.partial(getattr(mosaic, problem.step), tiling=tiling)
         runs[name] = jax.jit(_with_static(step, problem))
     return runs
@@ -97,8 +95,6 @@ def tilings_of(problem: Problem) -> list[Tiling]:
     """Returns the tilings worth trying: narrow ones where reading the weights is all the work."""
     if problem.rows <= 64 * problem.groups:
         return NARROW
-    if problem.step == "weight_gradient":
-        return WIDE + IN_PAIRS
     return FEW_ROWS if problem.rows <= 2048 else WIDE
 
 

@@ -55,8 +55,7 @@ def weight_gradient(x, dy, groups, group_count, tiling=None):
     """As `Steps.weight_gradient`; a tiling of None is the table's."""
     problem = table.Problem("weight_gradient", group_count, x.shape[0], x.shape[1], dy.shape[1])
     # A tile of the output is cut from x's columns, which are multiples of two chunks.
-    pairs = 2 if x.shape[1] % (4 * CHUNK) == 0 else 1
-    tiling = fitted(tiling or _tabled_tiling(problem), 2 * CHUNK, dy.shape[1], accumulators=1, largest_cluster=pairs)
+    tiling = fitted(tiling or _tabled_tiling(problem), 2 * CHUNK, dy.shape[1], accumulators=1)
     return mosaic_weights.weight_gradient(x, dy, groups, group_count, tiling)
 
 

@@ -16,11 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_ep.kernels import device
-
 WARPGROUP = "warpgroup"
-CLUSTER = "cluster"
-BLOCK = "block"  # of its cluster
+MULTIPROCESSOR = "multiprocessor"
 DEPTH = 64  # of the contraction per stage: one 128-byte swizzle of 2-byte values
 CHUNK = 64  # rows and columns of one epilogue store
 STORE_SLOTS = 2
@@ -36,22 +33,19 @@ class Tiling:
 
     stages: of the ring, each DEPTH deep in the contraction.
     raster_width: output tiles taken side by side before the next row of tiles, for L2.
-    cluster: of the weight gradient, 2 for CTAs in pairs, one below the other, each of which loads half of what
-        both multiply by, once from L2 for the two; else 1.
     """
 
     consumers: int = 2
     columns: int = 256
     stages: int = 4
     raster_width: int = 8
-    cluster: int = 1
 
     @property
     def rows(self) -> int:
         return 64 * self.consumers
 
 
-def fitted(tiling: Tiling, tile: int, columns: int, accumulators: int, largest_cluster: int = 1) -> Tiling:
+def fitted(tiling: Tiling, tile: int, columns: int, accumulators: int) -> Tiling:
     """Returns the tiling cut down to divisors of `tile` rows and `columns` columns and to what fits in shared memory."""
     consumers = 2 if tiling.consumers == 2 and tile % 128 == 0 else 1
     width = tiling.columns
@@ -60,8 +54,7 @@ def fitted(tiling: Tiling, tile: int, columns: int, accumulators: int, largest_c
     stage_bytes = 2 * DEPTH * (64 * consumers + width)
     slots_bytes = 2 * consumers * STORE_SLOTS * CHUNK * CHUNK
     stages = min(tiling.stages, (_SHARED_BYTES - slots_bytes) // stage_bytes)
-    cluster = min(tiling.cluster, largest_cluster)
-    return dataclasses.replace(tiling, consumers=consumers, columns=width, stages=stages, cluster=cluster)
+    return dataclasses.replace(tiling, consumers=consumers, columns=width, stages=stages)
 
 
 def swizzled(shape: tuple[int, ...], dtype):
@@ -70,16 +63,11 @@ def swizzled(shape: tuple[int, ...], dtype):
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(128)))
 
 
-def ring_barriers(tiling: Tiling, copies: int) -> dict:
-    """Returns the barriers of a ring whose stage is filled by `copies` TMA loads.
-
-    A stage is empty when all CTAs of a cluster have read theirs: each writes into the others'.
-    """
-    counts = {"num_arrivals": tiling.consumers, "num_barriers": tiling.stages}
-    in_pairs = functools.partial(plgpu.ClusterBarrier, collective_axes=(BLOCK,))
+def ring_barriers(stages: int, copies: int, consumers: int) -> dict:
+    """Returns the barriers of a ring whose stage is filled by `copies` TMA loads."""
     return {
-        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=tiling.stages),
-        "empty": {1: plgpu.Barrier, 2: in_pairs}[tiling.cluster](**counts),
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
     }
 
 
@@ -160,11 +148,11 @@ def await_empty(next_step, empty, stages: int):
 
 
 def for_own_tiles(tiles, body: Callable):
-    """Calls `body(tile, step) -> step` for each of this cluster's tiles; returns the ring's next step."""
-    clusters = jnp.int32(lax.axis_size(CLUSTER))
-    own = lax.axis_index(CLUSTER)
-    count = lax.div(tiles - own + clusters - 1, clusters)
-    return lax.fori_loop(0, count, lambda index, step: body(own + index * clusters, step), jnp.int32(0))
+    """Calls `body(tile, step) -> step` for each of this CTA's tiles; returns the ring's next step."""
+    ctas = jnp.int32(lax.axis_size(MULTIPROCESSOR))
+    own = lax.axis_index(MULTIPROCESSOR)
+    count = lax.div(tiles - own + ctas - 1, ctas)
+    return lax.fori_loop(0, count, lambda index, step: body(own + index * ctas, step), jnp.int32(0))
 
 
 def load_sides(sides: Sequence, chunk: int) -> tuple[jax.Array, ...]:
@@ -212,16 +200,14 @@ def _store_chunk(chunk, output, slot):
     plgpu.copy_smem_to_gmem(slot, output)
 
 
-def launch(body: Callable, name: str, out_types, scratch: dict, tiling: Tiling, tiles: int):
-    """Returns the kernel of this body on a cluster for every so many of its tiles, at most as many as fit the GPU."""
-    in_pairs = {"cluster": (tiling.cluster,), "cluster_names": (BLOCK,)}
+def launch(body: Callable, name: str, out_types, scratch: dict, tiling: Tiling, ctas: int):
+    """Returns the kernel of this body on `ctas` CTAs."""
     return plgpu.kernel(
         body,
         out_type=out_types,
         scratch_types=scratch,
-        grid=(min(tiles, device.multiprocessors() // tiling.cluster),),
-        grid_names=(CLUSTER,),
-        **(in_pairs if tiling.cluster > 1 else {}),
+        grid=(ctas,),
+        grid_names=(MULTIPROCESSOR,),
         num_threads=tiling.consumers + 1,
         thread_name=WARPGROUP,
         kernel_name=name,

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_ep.kernels import device
 from moe_ep.kernels.grouped_matmul import mosaic_parts as parts
 from moe_ep.kernels.grouped_matmul import varying
 from moe_ep.kernels.grouped_matmul.groups import RowGroups
@@ -53,7 +54,8 @@ def row_product(
     body = functools.partial(_body, product, tiling, depth, columns)
     out_types = [jax.ShapeDtypeStruct((rows, columns), xs[0].dtype)] * product.outputs
     tiles = (rows // tiling.rows) * (columns * product.accumulators // tiling.columns)
-    kernel = parts.launch(body, product.name, out_types, _scratch(product, tiling, xs[0].dtype), tiling, tiles)
+    ctas = min(tiles, device.multiprocessors())
+    kernel = parts.launch(body, product.name, out_types, _scratch(product, tiling, xs[0].dtype), tiling, ctas)
     # A kernel's outputs do not say over which mesh axes they vary: as its operands do.
     return varying.match(tuple(kernel(groups.tile_group, groups.valid_tiles[None], *xs, *ws, *sides)), xs, ws)
 
@@ -65,7 +67,7 @@ def _scratch(product, tiling, dtype):
         "x_ring": parts.swizzled((tiling.stages, tiling.rows, DEPTH), dtype),
         "w_rings": [parts.swizzled((tiling.stages, *weight_tile), dtype) for _ in range(product.accumulators)],
         "slots": parts.store_slots(tiling, dtype),
-        **parts.ring_barriers(tiling, 1 + product.accumulators),
+        **parts.ring_barriers(tiling.stages, 1 + product.accumulators, tiling.consumers),
     }
 
 

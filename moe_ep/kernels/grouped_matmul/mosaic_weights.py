@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_ep.kernels import device
 from moe_ep.kernels.grouped_matmul import mosaic_parts as parts
 from moe_ep.kernels.grouped_matmul import varying
 from moe_ep.kernels.grouped_matmul.groups import RowGroups
@@ -24,10 +25,9 @@ def weight_gradient(x: jax.Array, dy: jax.Array, groups: RowGroups, group_count:
         "x_ring": parts.swizzled((tiling.stages, DEPTH, tiling.rows), x.dtype),
         "dy_ring": parts.swizzled((tiling.stages, DEPTH, tiling.columns), x.dtype),
         "slots": parts.store_slots(tiling, x.dtype),
-        **parts.ring_barriers(tiling, 2),
+        **parts.ring_barriers(tiling.stages, 2, tiling.consumers),
     }
-    tiles = group_count * (depth // tiling.rows) * (columns // tiling.columns)
-    kernel = parts.launch(body, "grouped_weight_gradient", out_type, scratch, tiling, tiles // tiling.cluster)
+    kernel = parts.launch(body, "grouped_weight_gradient", out_type, scratch, tiling, device.multiprocessors())
     return varying.match(kernel(*_steps_of_groups(groups, group_count, rows), x, dy), x, dy)
 
 
@@ -43,17 +43,13 @@ def _steps_of_groups(groups, group_count, rows):
 
 def _body(tiling: Tiling, first_steps, step_counts, x, dy, out, *, x_ring, dy_ring, slots, full, empty):
     group_count, depth, columns = out.shape
-    # The CTAs of a cluster have the same columns of rows below each other, and so load dy together.
-    row_tiles, column_tiles = depth // tiling.rows // tiling.cluster, columns // tiling.columns
+    row_tiles, column_tiles = depth // tiling.rows, columns // tiling.columns
     tiles_per_group = row_tiles * column_tiles
-    shared = parts.BLOCK if tiling.cluster > 1 else None
 
     def position(tile):
         group = lax.div(tile, jnp.int32(tiles_per_group))
         within = lax.rem(tile, jnp.int32(tiles_per_group))
-        row_tile, column_tile = plgpu.planar_snake(within, (row_tiles, column_tiles), 1, tiling.raster_width)
-        block = lax.axis_index(shared) if shared else 0
-        return group, row_tile * tiling.cluster + block, column_tile
+        return group, *plgpu.planar_snake(within, (row_tiles, column_tiles), 1, tiling.raster_width)
 
     def produce():
         def load_tile(tile, ring_step):
@@ -65,8 +61,7 @@ def _body(tiling: Tiling, first_steps, step_counts, x, dy, out, *, x_ring, dy_ri
             def load(step, slot, barrier):
                 contraction = pl.ds((first_step + step) * DEPTH, DEPTH)
                 plgpu.copy_gmem_to_smem(x.at[contraction, row_slice], x_ring.at[slot], barrier)
-                dy_block = dy.at[contraction, column_slice]
-                plgpu.copy_gmem_to_smem(dy_block, dy_ring.at[slot], barrier, collective_axes=shared)
+                plgpu.copy_gmem_to_smem(dy.at[contraction, column_slice], dy_ring.at[slot], barrier)
 
             return parts.fill_ring(load, step_counts[group], ring_step, full, empty, tiling.stages)
 
