@@ -52,7 +52,7 @@ def absent_side(config: Config, recorded: Config | None) -> Iterator[Side]:
 
 
 def real_side(config: Config) -> Iterator[Side]:
-    """Yields the bytes of the small programs compiled for the GPU that is here, and the peak of training steps run on it."""
+    """Yields the bytes of the small programs compiled for the GPU that is here, and the peak of training on it."""
     for name in PROGRAMS:
         yield {"programs": {name: _sizes(_compile(_program(config, name), _real_mesh, ABSENT_OPTIONS))}}
     step = _compile(_program(config, "train"), _real_mesh, COMPILER_OPTIONS)
@@ -124,7 +124,7 @@ def _row(program: str, what: str, absent: int, real: int) -> dict:
 
 
 def recorded_run(folder: pathlib.Path, stem: str, gpu: str) -> dict | None:
-    """Returns device, commit, sizes, steps and peak of the training run of a config that `moe_ep.bench.train_step` recorded."""
+    """Returns device, commit, sizes, steps and peak of a config's training run that `moe_ep.bench.train_step` recorded."""
     for path in sorted(folder.glob(f"train_{stem}_*.json")):
         record = json.loads(path.read_text())
         run, device = record["runs"].get("auto"), gpu_of_device_kind(record["device"])

@@ -35,7 +35,7 @@ def aot(config: Config, workdir: pathlib.Path) -> dict:
             result[_KEYS[name]], page = study(config, finished)
             pages.append(page)
             print(page, flush=True)
-    page = workdir / f"{_stem(config, compiled.gpus)}.md"
+    page = workdir / f"{_stem(config, compiled.gpus)}.txt"
     page.write_text("\n\n".join(pages) + "\n", encoding="utf-8")
     result["files"]["page"] = str(page)
     print("\n".join(f"{kind}: {path}" for kind, path in result["files"].items()))

@@ -46,9 +46,10 @@ def made_up(config):
     share = 0.5 if fits else None
     links = {"same_node": 1e9, "other_node": 2e9}
     return {
-        "dispatch": summary.dispatch_name(config), "fits": fits, "missing_bytes": 0 if fits else 6_000_000_000,
-        "compile_s": 1.0, "compile_cpu_s": 1.5, "hidden_share": share, "hidden_share_bound": share, "exchange_s": share,
-        "predicted_step_s": share, "bytes_per_gpu": {"total": total, "outputs": 0, "temporaries": 1, "by_part": {"experts": 2}},
+        "program": config.aot.program, "dispatch": summary.dispatch_name(config), "collectives": [],
+        "fits": fits, "missing_bytes": 0 if fits else 6_000_000_000, "compile_s": 1.0, "compile_cpu_s": 1.5, "hidden_share": share, "hidden_share_bound": share, "exchange_s": share,
+        "predicted_step_s": share,
+        "bytes_per_gpu": {"total": total, "outputs": 0, "temporaries": 1, "by_part": {"experts": 2}},
         "exchange_bytes_sent_per_gpu": links, "bytes_sent_per_gpu": links,
     }  # fmt: skip
 

@@ -37,7 +37,8 @@ def test_neighbors_of_one_part_are_joined_and_only_a_busy_network_is_waited_for(
 
 
 def test_a_layer_is_a_pass_through_each_loop_that_exchanges():
-    loops = Timeline(1.0, 1.0, [transfer("moe/dispatch", "layers"), transfer("moe/dispatch", "back", backward=True)], EVENTS, {})
+    passes = [transfer("moe/dispatch", "layers"), transfer("moe/dispatch", "back", backward=True)]
+    loops = Timeline(1.0, 1.0, passes, EVENTS, {})
     assert {body: len(events) for body, events in layer_bodies(loops).items()} == {"layers": 7, "back": 0}
     unrolled = Timeline(1.0, 1.0, [transfer("moe/dispatch", "main", count=1)], EVENTS, {})
     assert list(layer_bodies(unrolled)) == [""]
