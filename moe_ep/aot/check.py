@@ -141,28 +141,47 @@ def compare_recorded(side: dict, run: dict, config: str) -> dict:
 
 
 def as_markdown(result: dict) -> str:
-    """Returns both sides as a table, or the one that is there as a line."""
-    lines = ["# The compile-only GPU against the real one\n\n"]
-    lines += [_side_line(name, side) for name, side in result["sides"].items()]
+    """Returns the comparison as a table, and the last complete one below where a side is missing at this commit."""
     settings = ", ".join(f"`{each}`" for each in result["small"])
-    lines.append(f"Model of the small programs: `{result['config']}` with {settings}.\n\n")
-    if not result["rows"]:
-        return "".join(lines) + "The other side has not been compiled yet.\n"
-    lines.append("| program | bytes of | absent (compiled) | real | difference | goal |\n|---|---|---|---|---|---|\n")
-    for row in result["rows"]:
+    text = (
+        "# The compile-only GPU against the real one\n\n"
+        "`python -m moe_ep.aot.check --device=absent` on any machine and `--device=real` on the GPU, at one commit, renew "
+        f"this page.\nModel of the small programs: `{result['config']}` with {settings}.\nA peak is the allocator's, "
+        "measured, against arguments, outputs and temporaries as compiled.\n\n"
+    ) + _pair_text(result)
+    if result["earlier"] is not None:
+        text += "\n## The last measured pair, of the programs as they then were\n\n" + _pair_text(result["earlier"])
+    return text
+
+
+def _pair_text(pair: dict) -> str:
+    sides = pair["sides"]
+    lines = [_side_line(name, side) for name, side in sides.items()]
+    if missing := {"absent", "real"} - set(sides):
+        present = next(iter(sides))
+        lines.append(f"Compiled for the {present} device alone: the {missing.pop()} half was not run at this commit.\n\n")
+        lines.append(_sizes_table(sides[present]["programs"]))
+    if pair["rows"]:
+        lines.append("| program | bytes of | absent (compiled) | real | difference | goal |\n|---|---|---|---|---|---|\n")
+    for row in pair["rows"]:
         goal = "equal" if row["goal"] == 0 else f"within {row['goal']:.0%}"
         verdict = "" if row["within_goal"] else ": missed"
         lines.append(f"| {row['program']} | {row['bytes_of']} | {row['absent']:,} | {row['real']:,} | "
                      f"{row['difference']:+.3%} | {goal}{verdict} |\n")  # fmt: skip
-    lines.append("\nA peak is the allocator's, measured, against arguments, outputs and temporaries as compiled.\n")
     return "".join(lines)
+
+
+def _sizes_table(programs: dict[str, Sizes]) -> str:
+    rows = [f"| {program} | {' | '.join(f'{size:,}' for size in sizes.values())} |\n" for program, sizes in programs.items()]
+    head = " | ".join(next(iter(programs.values())))
+    return f"| program | {head} |\n|---|{'---|' * (head.count('|') + 1)}\n{''.join(rows)}\n"
 
 
 def _side_line(name: str, side: dict) -> str:
     flags_text = f", XLA_FLAGS `{side['xla_flags']}`" if side["xla_flags"] else ""
     return (
         f"{name}: {side['device']}, {side['date']}, commit {side['commit']}; "
-        f"{results.versions_text(side['versions'])}{flags_text}.\n`{side['command']}`\n\n"
+        f"{results.versions_text(side['versions'])}{flags_text}; `{side['command']}`\n\n"
     )
 
 
@@ -179,8 +198,8 @@ def check_device(which: str, config: Config, stem: str, folder: pathlib.Path) ->
       ConfigError: jax without its CUDA plugin.
     """
     path, run = folder / f"aot_{config.cluster.gpu}_check.json", recorded_run(folder, stem, config.cluster.gpu)
-    sides = json.loads(path.read_text())["sides"] if path.exists() else {}
     opening = results.provenance(results.command_line("moe_ep.aot.check"))
+    sides, earlier = on_file(path, which, opening["commit"])
     small = check(override.apply(config, SMALL))
     if which == "real":
         name, parts = device.device_kind(), real_side(small)
@@ -190,7 +209,19 @@ def check_device(which: str, config: Config, stem: str, folder: pathlib.Path) ->
     for part in parts:
         for how, programs in part.items():
             side.setdefault(how, {}).update(programs)
-        yield {"config": f"configs/{stem}.py", "small": SMALL, "sides": sides, "rows": _rows(sides, run, stem)}
+        rows = _rows(sides, run, stem)
+        yield {"config": f"configs/{stem}.py", "small": SMALL, "sides": sides, "rows": rows,
+               "earlier": None if len(sides) == 2 else earlier}  # fmt: skip
+
+
+def on_file(path: pathlib.Path, which: str, commit: str) -> tuple[dict[str, Side], dict | None]:
+    """Returns the other side, if it is of this commit, and the last complete pair: its sides and rows."""
+    if not path.exists():
+        return {}, None
+    document = json.loads(path.read_text())
+    sides = {name: side for name, side in document["sides"].items() if name != which and side["commit"] == commit}
+    pair = {name: document[name] for name in ("sides", "rows")}
+    return sides, pair if len(document["sides"]) == 2 else document["earlier"]
 
 
 def _rows(sides: dict[str, Side], run: dict | None, stem: str) -> list[dict]:

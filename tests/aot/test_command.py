@@ -95,3 +95,15 @@ def test_the_two_devices_are_compared_byte_by_byte(tmp_path):
     (tmp_path / "train_small_nvidia_h200.json").write_text(json.dumps(run))
     assert check.recorded_run(tmp_path, "small", "h200")["peak_bytes"] == 7
     assert check.recorded_run(tmp_path, "small", "h100") is None
+
+
+def test_a_measured_pair_stays_on_the_page_until_the_next_is_complete(tmp_path):
+    path = tmp_path / "check.json"
+    assert check.on_file(path, "absent", "new") == ({}, None)
+    sides = {name: {"commit": "old"} for name in ("absent", "real")}
+    pair = {"sides": sides, "rows": [1]}
+    path.write_text(json.dumps(pair | {"earlier": None}))
+    assert check.on_file(path, "absent", "old") == ({"real": {"commit": "old"}}, pair)
+    assert check.on_file(path, "absent", "new") == ({}, pair)
+    path.write_text(json.dumps({"sides": {"absent": {"commit": "new"}}, "rows": [], "earlier": pair}))
+    assert check.on_file(path, "real", "new") == ({"absent": {"commit": "new"}}, pair)
