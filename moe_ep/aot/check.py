@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import sys
+import typing
 from collections.abc import Callable, Iterator
 
 import jax
@@ -40,7 +41,7 @@ _STEPS = 3
 GOALS = {"arguments": 0.0, "outputs": 0.0, "temporaries": 0.02, "peak": 0.05}
 
 Sizes = dict[str, int]
-Side = dict[str, dict[str, Sizes]]  # what was compiled how -> program -> bytes
+Side = dict[str, typing.Any]  # provenance; and, by how it was compiled, program -> bytes
 
 
 def absent_side(config: Config, recorded: Config | None) -> Iterator[Side]:
