@@ -141,12 +141,11 @@ def write_page(name: str, paths: list[str], settings: list[str], finished: Finis
       finished: programs compiled before, and those of this page.
       folder: of the result files.
     """
-    page = PAGES[name]
+    page, opening = PAGES[name], results.provenance(results.command_line("moe_ep.aot.presets"))
     paths = paths if page.all_configs else list(dict.fromkeys([paths[0], paths[-1]]))
     programs = programs_of(paths, page.programs, settings)
     with _progress(name, sum(map(page.rows_of, programs.values()))) as progress:
         rows, text = page.make(programs, summarize_kept(finished, progress.say), progress)
-    opening = results.provenance(results.command_line("moe_ep.aot.presets"))
     result = {"kind": "compiled and predicted", **opening, "cores": len(os.sched_getaffinity(0)),
               "load_average": os.getloadavg()[-1], "rows": rows}  # fmt: skip
     markdown = f"# {page.title}\n\n{_heading(result, next(iter(programs.values())))}\n\n{text}"
