@@ -155,11 +155,12 @@ def _draw_lanes(axes, events: Sequence[Event]) -> set[str]:
     longest = max((block.end for blocks in lanes.values() for block in blocks), default=1.0)
     inches = _WIDTH_INCHES * 0.885 / longest  # per ms
     for lane, blocks in lanes.items():
-        for block, right in zip(blocks, [*(following.begin for following in blocks[1:]), longest], strict=False):
+        lefts, rights = [0.0, *(block.end for block in blocks)], [*(block.begin for block in blocks[1:]), longest]
+        for block, left, right in zip(blocks, lefts, rights, strict=False):
             _, color, hatch = _STYLE[block.kind]
             axes.barh(lane, block.end - block.begin, left=block.begin, height=0.72, facecolor=color, hatch=hatch,
                       edgecolor=_RED if hatch else "white", linewidth=0.0 if hatch else 0.3)  # fmt: skip
-            _write_label(axes, lane, block, inches, right)
+            _write_label(axes, lane, block, inches, (left, right))
     axes.set_yticks([1, 0], ["compute", "network"], fontsize=8)
     axes.set_xlim(0, longest)
     axes.set_ylim(-0.5, 1.5)
@@ -169,15 +170,19 @@ def _draw_lanes(axes, events: Sequence[Event]) -> set[str]:
     return {block.kind for blocks in lanes.values() for block in blocks}
 
 
-def _write_label(axes, lane: int, block: Block, inches: float, right: float) -> None:
-    """Writes a block's label into it, or beside it up to `right`, where there is room for it."""
+def _write_label(axes, lane: int, block: Block, inches: float, free: tuple[float, float]) -> None:
+    """Writes a block's label into it, or beside it, as far as its lane is free, where there is room for it."""
     needed = _LABEL_INCHES * max(map(len, block.label.split("\n")))
-    if not block.label:
-        return
-    if (block.end - block.begin) * inches > needed:
-        axes.text((block.begin + block.end) / 2, lane, block.label, ha="center", va="center", fontsize=6.5, color="white")
-    elif (right - block.end) * inches > needed:
-        axes.text(block.end + 0.04 / inches, lane, block.label, ha="left", va="center", fontsize=6.5, color="#444444")
+    gap = 0.04 / inches
+    places = (
+        (block.end - block.begin, (block.begin + block.end) / 2, "center", "white"),
+        (free[1] - block.end, block.end + gap, "left", "#444444"),
+        (block.begin - free[0], block.begin - gap, "right", "#444444"),
+    )
+    place = next((place for place in places if block.label and place[0] * inches > needed), None)
+    if place is not None:
+        _, x, side, color = place
+        axes.text(x, lane, block.label, ha=side, va="center", fontsize=6.5, color=color)
 
 
 def _legend(kinds: set[str]) -> list:

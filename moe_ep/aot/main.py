@@ -84,17 +84,16 @@ def _stem(config: Config, gpus: int) -> str:
 def _captions(config: Config, compiled: Compiled) -> tuple[str, str, str]:
     """The picture's title, what is predicted of its schedule, and why that does not hold where it does not."""
     cluster, memory, timeline = config.cluster, compiled.memory, compiled.timeline
-    title = f"{describe(config)}, {config.model.moe_layers} MoE layers"
     hidden = (
         f"{timeline.hidden_share():.1%} of dispatch and combine hidden (bound {timeline.bound():.1%})"
         if any(transfer.is_exchange for transfer in timeline.transfers) else "dispatch and combine cross no link"
     )  # fmt: skip
     note = (
-        f"Compiled schedule, predicted times: {hidden}; {cluster.nics_per_node} NICs of {cluster.nic_gigabits_per_s:.0f} "
+        f"{config.model.moe_layers} MoE layers, compiled; predicted: {hidden}; {cluster.nics_per_node} NICs of {cluster.nic_gigabits_per_s:.0f} "
         f"Gb/s per node of {cluster.gpus_per_node} GPUs"
     )
     warning = "" if memory.fits else (
         f"Does not fit, {memory.missing / 1e9:.1f} GB are missing of {memory.capacity / 1e9:.0f} GB: no overlap is stated, "
         "XLA makes exchanges synchronous there"
     )  # fmt: skip
-    return title, note, warning
+    return describe(config), note, warning
