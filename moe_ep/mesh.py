@@ -22,9 +22,11 @@ REPLICATED = PartitionSpec()
 # Under which this project compiles for GPUs, real or absent.
 COMPILER_OPTIONS = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
-    # A chunk's dispatch and the last one's combine, or two waves, stand over the same work. With more than
-    # two the gradients' sums push the exchanges of a training step out of their places.
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+    # The scheduler takes an exchange for five library calls' time, however short they are, and would start it
+    # no earlier than that.
+    "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+    # One chunk's dispatch and another's combine stand over the same work, as do the waves of an exchange.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 3,
     # The dot merger joins products that share an operand: it concatenates a layer's
     # weights in every layer, and undoes chunks.
     "xla_gpu_dot_merger_threshold_mb": 0,
