@@ -80,6 +80,12 @@ class Transfer:
     def is_exchange(self) -> bool:
         return self.scope.split("/")[-1] in EXCHANGE_SCOPES
 
+    def add(self, other: "Transfer") -> None:
+        """Adds further executions of the same instruction."""
+        self.count += other.count
+        self.seconds += other.seconds
+        self.exposed_s += other.exposed_s
+
     @property
     def has_products_between(self) -> bool:
         """Whether matrix work is issued between the start and the done."""
@@ -172,13 +178,22 @@ class _Walker:
         return now
 
     def _enter(self, entry: dict, now: float, times: int) -> tuple[float, list[Work]]:
-        trips = entry.get("trip_count", 1)
+        trips, body = entry.get("trip_count", 1), entry["body"]
         if trips == 0:
             return now, []
-        end = self.walk(entry["body"], now, times * trips)
-        self.network_free_s += (trips - 1) * (end - now)
-        done = [work._replace(seconds=trips * work.seconds) for work in self.work[entry["body"]]]
-        return now + trips * (end - now), done
+        transfers, events = len(self.transfers), len(self.events)
+        end = self.walk(body, now, times)
+        if trips > 1:
+            # The first pass may find the network busy with what was sent before the loop; all others are like the second.
+            del self.events[events:]
+            first = self.transfers[transfers:]
+            del self.transfers[transfers:]
+            again = self.walk(body, end, times * (trips - 1))
+            for transfer, before in zip(self.transfers[transfers:], first, strict=True):
+                transfer.add(before)
+            self.network_free_s += (trips - 2) * (again - end)
+            end += (trips - 1) * (again - end)
+        return end, [work._replace(seconds=trips * work.seconds) for work in self.work[body]]
 
     def _compute(self, entry: dict, body: str, now: float, times: int) -> tuple[float, list[Work]]:
         work = Work(entry["name"], entry["op"], entry["scope"], self.estimates.compute_s(entry))

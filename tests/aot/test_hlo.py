@@ -110,6 +110,23 @@ def test_a_wait_is_charged_to_what_the_network_carries_meanwhile():
     assert timeline.hidden_share() == 0.25
 
 
+def test_only_the_first_pass_of_a_loop_waits_for_what_was_sent_before_it():
+    schedule = scheduled(
+        transfer_entry("collective_start", "sums", "sum_gradients"),
+        {"kind": "loop", "name": "layers", "body": "body", "trip_count": 3},
+        {"kind": "collective_done", "name": "sums.done", "start": "sums"},
+    )
+    schedule["computations"]["body"] = [
+        transfer_entry("collective_start", "rows", "moe/dispatch"),
+        {"kind": "compute", "name": "gemm", "op": "gemm", "scope": ""},
+        {"kind": "collective_done", "name": "rows.done", "start": "rows"},
+    ]
+    timeline = walk(schedule, Estimates(lambda _: 2.0, lambda entry: 10.0 if entry["name"] == "sums" else 1.0))
+    # Rows go out behind the sums, from 10 to 11, in the first pass; then two passes of 2.
+    assert timeline.step_s == 11.0 + 2 * 2.0
+    assert {t.name: (t.count, t.exposed_s) for t in timeline.transfers} == {"sums": (1, 8.0), "rows": (3, 1.0)}
+
+
 def layer(*work_s, exchange_s):
     """A timeline of two layers whose bodies hold two exchanges and (scope, seconds) of work, all in a row."""
     body = [transfer_entry("collective", name, f"moe/{name}") for name in ("dispatch", "combine")]
