@@ -23,31 +23,39 @@ def largest_that_fits(
     Args:
       bytes_of: measured bytes of a program of size n, at a price; grows with n.
       estimate: the same by formula, for nothing. What it is off by is taken to lie on
-        the line through the two measurements nearest to the capacity; every fourth
-        measurement halves the bracket instead.
+        the line through the measurements at both ends of the bracket, or through the two
+        nearest to the capacity; every fourth measurement narrows the bracket instead.
       capacity: bytes there are.
       limit: the largest n of interest.
     """
     fits, fails = 0, limit + 1
     known: dict[int, float] = {}
     while fails - fits > 1:
-        guess = (fits + fails) // 2
+        guess = _narrow(fits, fails, known)
         if len(known) % 4 != 3:
-            corrected = _corrected(estimate, known, capacity)
+            ends = [fits, fails] if fits in known and fails in known else sorted(
+                known, key=lambda size: abs(known[size] - capacity))[:2]  # fmt: skip
+            corrected = _corrected(estimate, {size: known[size] for size in ends})
             guess = min(max(_bisect(corrected, capacity, fits, fails), fits + 1), fails - 1)
         known[guess] = bytes_of(guess)
         fits, fails = (guess, fails) if known[guess] <= capacity else (fits, guess)
     return fits
 
 
-def _corrected(estimate: Callable[[int], float], known: dict[int, float], capacity: float) -> Callable[[int], float]:
-    """Returns the estimate plus what it is off by at the known sizes."""
-    nearest = sorted(known, key=lambda size: abs(known[size] - capacity))[:2]
-    errors = [known[size] - estimate(size) for size in nearest]
-    if len(nearest) < 2:
+def _narrow(fits: int, fails: int, known: dict[int, float]) -> int:
+    """Halves the bracket; below an end that was never measured, which may be far away, goes up by an eighth."""
+    halved = (fits + fails) // 2
+    return halved if fails in known else min(halved, fits + max(1, fits // 8))
+
+
+def _corrected(estimate: Callable[[int], float], known: dict[int, float]) -> Callable[[int], float]:
+    """Returns the estimate plus what it is off by at the known sizes, none to two of them."""
+    sizes = list(known)
+    errors = [known[size] - estimate(size) for size in sizes]
+    if len(sizes) < 2:
         return lambda n: estimate(n) + sum(errors)
-    slope = (errors[1] - errors[0]) / (nearest[1] - nearest[0])
-    return lambda n: estimate(n) + errors[0] + slope * (n - nearest[0])
+    slope = (errors[1] - errors[0]) / (sizes[1] - sizes[0])
+    return lambda n: estimate(n) + errors[0] + slope * (n - sizes[0])
 
 
 def _bisect(estimate: Callable[[int], float], capacity: float, fits: int, fails: int) -> int:

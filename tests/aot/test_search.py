@@ -23,6 +23,19 @@ def test_largest_that_fits_is_that_of_trying_all(steps, capacity, slope, offset)
     assert found == expected
 
 
+def test_noise_in_the_compilers_bytes_costs_few_compilations():
+    tried = []
+
+    def bytes_of(size):
+        tried.append(size)
+        return 55.0 + 0.14 * size + 0.3 * (size % 3 == 0)  # every third program happens to need more
+
+    found = largest_that_fits(bytes_of, lambda size: 55.0 + 0.14 * size, 64.0, 1024)
+    assert bytes_of(found) <= 64 < bytes_of(found + 1)
+    assert len(tried) <= 8 + 2
+    assert max(tried) < 100  # programs far over the memory compile for long
+
+
 def search(config, weights_gb):
     """Searches with weights and 300 kB a token for a compiler, near enough to the real one."""
     said = []
