@@ -426,6 +426,8 @@ def _check_layout(config: Config) -> None:
     require(cluster.gpu in GPUS, "cluster.gpu", cluster.gpu, "one of " + ", ".join(GPUS))
     require(cluster.gpus_per_node % cluster.nics_per_node == 0, "cluster.nics_per_node", cluster.nics_per_node,
             f"a divisor of cluster.gpus_per_node = {cluster.gpus_per_node}")  # fmt: skip
+    share = config.simulate.expert_row_share
+    require(share is None or share <= 1, "simulate.expert_row_share", share, "at most 1")
     chunks, overlap = config.dispatch.chunks, config.dispatch.overlap
     require(chunks == 1 or overlap == "chunks", "dispatch.chunks", chunks, "1 unless dispatch.overlap=chunks")
     require(chunks == 1 or config.dispatch.transport != "ragged", "dispatch.chunks", chunks,

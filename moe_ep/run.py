@@ -21,10 +21,14 @@ _MOST_EMULATED = 1024
 
 def _train(config: Config, workdir: Path) -> dict:
     from moe_ep.mesh import make_mesh
-    from moe_ep.train.loop import train
+    from moe_ep.train.loop import TrainingStopped, train
 
     mesh = make_mesh(config.mesh, config.cluster, config.model.moe.num_experts)
-    return train(config, mesh, workdir)
+    try:
+        return train(config, mesh, workdir)
+    except TrainingStopped as error:
+        print(f"moe_ep: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def _generate(config: Config, workdir: Path) -> dict:

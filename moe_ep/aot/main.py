@@ -4,7 +4,7 @@ import json
 import pathlib
 import sys
 
-from moe_ep.aot.compare import CHOICES, compare
+from moe_ep.aot.compare import choices_of, compare
 from moe_ep.aot.compile import Compiled, compile_program
 from moe_ep.aot.draw import draw_layer, write_trace
 from moe_ep.aot.report import PROGRAM_COLUMNS, aot_table, coverage_table, limits_text, table
@@ -43,7 +43,7 @@ def aot(config: Config, workdir: pathlib.Path) -> dict:
 
 
 def _compare(config: Config, finished: Finished) -> tuple[list[dict], str]:
-    progress = Progress("compare", len(CHOICES))
+    progress = Progress("compare", len(choices_of(config)))
     try:
         rows = compare(config, summarize_kept(finished, progress.say), progress)
     finally:

@@ -17,7 +17,7 @@ from absl import flags
 
 from moe_ep import override, results
 from moe_ep.aot import command
-from moe_ep.aot.compare import CHOICES, compare, verdict, with_dispatch
+from moe_ep.aot.compare import choices_of, compare, verdict
 from moe_ep.aot.report import PROGRAM_COLUMNS, Columns, limits_columns, part_columns, sent_columns, table
 from moe_ep.aot.search import search_limits
 from moe_ep.aot.summary import Summarize, dispatch_name, open_kept, summarize_kept
@@ -54,7 +54,7 @@ def overlaps_of(config: Config) -> list[Config]:
     """Returns the config as it is, then with half batches, two chunks and nothing overlapped, each once."""
     transport = config.dispatch.transport
     others = ((transport, "staggered", 1), ("all_to_all", "chunks", 2), (transport, "none", 1))
-    choices = [config, *(with_dispatch(config, *other) for other in others)]
+    choices = [config, *choices_of(config, others)]
     return list({dispatch_name(choice): choice for choice in choices}.values())
 
 
@@ -126,7 +126,8 @@ class Page:
 PAGES = {
     "presets": Page("Full-size presets compiled for GPUs that are not here", tuple(PROGRAMS), True,
                     lambda config: len(overlaps_of(config)), presets_page),
-    "transports": Page("Transports and overlaps compared", SERVED, False, lambda _: len(CHOICES), transports_page),
+    "transports": Page("Transports and overlaps compared", SERVED, False,
+                       lambda config: len(choices_of(config)), transports_page),
     "limits": Page("The most that fits", SERVED, False, lambda _: 1, limits_page),
 }  # fmt: skip
 
@@ -177,9 +178,11 @@ def _heading(result: dict, config: Config) -> str:
 def main() -> None:
     """Writes the pages that were asked for."""
     given = flags.FLAGS
-    for name in given.pages:
+    for name in given.pages or [""]:
         if name not in PAGES:
             raise ConfigError(f"--pages={name}: allowed are {', '.join(PAGES)}")
+    if not given.configs:
+        raise ConfigError("--configs=: allowed is at least one config file")
     use_no_gpu()
     command.check_folder(given.out)
     finished = open_kept(pathlib.Path(given.workdir))

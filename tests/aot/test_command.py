@@ -63,6 +63,9 @@ def test_what_was_compiled_is_kept_and_not_compiled_again(monkeypatch, tmp_path)
         rows = compare(config, summarize_kept(finished, lambda _: None), Progress("compare", len(CHOICES), shown=False))
         assert [row["dispatch"] for row in rows][-1] == "ragged, staggered"
         assert len(compiled) == len(CHOICES)
+    odd = override.apply(config, ["aot.tokens_per_gpu=3072"])
+    compare(odd, summarize_kept(finished, lambda _: None), Progress("compare", 1, shown=False))
+    assert {one.dispatch.overlap for one in compiled[len(CHOICES) :]} == {"none", "chunks"}
     other = override.apply(config, ["aot.context=512"])
     summarize_kept(finished, lambda _: None)(other)
     assert compiled[-1] == other
