@@ -8,15 +8,15 @@ import typing
 import numpy as np
 
 from moe_ep.cost import network
-from moe_ep.cost.kernels import AssumedKernels, KernelTable, Work, gemm, memory_pass, row_gather, update_pass
+from moe_ep.cost.kernels import AssumedKernels, KernelTable, Work, gemm, memory_pass, row_gather
 from moe_ep.cost.network import Fabric, NetworkParameters
 from moe_ep.cost.units import Number
 from moe_ep.hardware import Gpu
 
 Entry = dict[str, typing.Any]
 _EXCHANGES = ("all_to_all", "ragged_all_to_all")
-# A named scope of this project -> the pass that it is; of others it is a pass of XLA's.
-_PASSES = {"gather_rows": row_gather, "weighted_sum_rows": row_gather, "update": update_pass}
+# Named scopes whose passes are this project's kernels; others are XLA's.
+_ROW_GATHERS = frozenset({"gather_rows", "weighted_sum_rows"})
 
 
 def compute_seconds(
@@ -47,8 +47,7 @@ def works_of(entry: Entry, row_share: Number = 1.0) -> list[Work]:
         return [_expert_product(entry, known[0], row_share)]
     products = [gemm(rows, inner, columns, dtype, batch) for rows, columns, inner, batch in known]
     rest = entry["bytes"] - sum(work.bytes for work in products)
-    scopes = entry.get("scope", "").split("/")
-    make = next((_PASSES[scope] for scope in scopes if scope in _PASSES), memory_pass)
+    make = row_gather if _ROW_GATHERS.intersection(entry.get("scope", "").split("/")) else memory_pass
     return products + ([make(rest)] if rest > 0 else [])
 
 

@@ -1,14 +1,14 @@
 """Turns what the benchmarks measured into the table of this project's kernels.
 
-    python -m moe_ep.cost.from_tuning nvidia_h200     reads results/{tune,kernels,small_kernels}_nvidia_h200.json
+    python -m moe_ep.cost.from_tuning nvidia_h200     reads results/{tune,kernels}_nvidia_h200.json
 
 Products bound by compute come from the benchmark of the kernels, whose contenders take
 turns on a warm card: that is the rate that a whole program sees, 5-9 % below what the
 tuner's short bursts reach before the card's power limit holds them back. Products
 bound by memory are the tuner's; caches, rows moved by index and a pass as XLA makes it
-the benchmark's. What no kernel goes under is the mean over a routing's small kernels.
-Attention comes from the table of anchors, which says where it was measured. None of
-these is a run that the simulator is compared with.
+the benchmark's. Attention comes from the table of anchors, which says where it was
+measured. None of these is a run that the simulator is compared with; what no kernel
+goes under is set by one (`python -m moe_ep.simulate.launch`, to be run afterwards).
 """
 
 import json
@@ -33,14 +33,13 @@ _RESULTS = pathlib.Path("results")
 Json = dict[str, typing.Any]
 
 
-def table_of(anchors: Json, tuning: Json, benchmark: Json, small: Json) -> Json:
+def table_of(anchors: Json, tuning: Json, benchmark: Json) -> Json:
     """Returns the table of the project's kernels.
 
     Args:
       anchors: a kernel table of the same GPU; its rows stand for operations that nothing else has.
       tuning: of `moe_ep.bench.tune`: `entries` of a problem and medians in milliseconds by name.
       benchmark: of `moe_ep.bench.kernels`: `rows` of a name, FLOPs, bytes and contenders' seconds.
-      small: of `moe_ep.bench.small_kernels`: microseconds of a small kernel.
     """
     tuned = [_tuned(entry) for entry in tuning["entries"] if _is_memory_bound(entry["problem"])]
     measured = [row for entry in benchmark["rows"] for row in _measured(entry)]
@@ -48,12 +47,11 @@ def table_of(anchors: Json, tuning: Json, benchmark: Json, small: Json) -> Json:
     rows = tuned + measured + [_row(memory_pass(_COPY_BYTES), copy_s, "copy: xla")]
     replaced = {row["op"] for row in rows}
     return {
-        **{name: anchors[name] for name in ("format", "gpu")},
-        "launch_s": small["us_per_small_kernel"]["command buffers"] * 1e-6,
+        **{name: anchors[name] for name in ("format", "gpu", "launch_s")},
         "name": _OWN,
         "device": benchmark["device"],
-        "date": max(benchmark["date"], small["date"])[:10],
-        "commits": {"kernels": benchmark["commit"], "small_kernels": small["commit"]},
+        "date": benchmark["date"][:10],
+        "commit": benchmark["commit"],
         "versions": ", ".join(f"{name} {version}" for name, version in benchmark["versions"].items()),
         "source": "this project's kernels and XLA on one H200, warm; attention: cuDNN figures of arXiv:2407.08608 on H100",
         "rows": rows + [row for row in anchors["rows"] if row["op"] not in replaced],
@@ -136,7 +134,7 @@ def as_text(table: Json) -> str:
 
 def main(device: str) -> None:
     """Writes the table of this project's kernels beside the others."""
-    topics = ("tune", "kernels", "small_kernels")
+    topics = ("tune", "kernels")
     paths = (TABLES / f"{_ANCHORS}.json", *(_RESULTS / f"{topic}_{device}.json" for topic in topics))
     table = table_of(*(json.loads(path.read_text()) for path in paths))
     (TABLES / f"{_OWN}.json").write_text(as_text(table))

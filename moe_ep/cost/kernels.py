@@ -26,12 +26,7 @@ _BYTES = {"fp8": 1, "bf16": 2, "tf32": 4, "float32": 4}
 # Products of these types, if a table has none, reach the share of their peak that BF16's reach of theirs.
 _AS_BF16 = ("tf32", "float32")
 # Where a table has no rows of an operation: the one that it is closest to.
-_LIKE = {
-    "grouped_weight_gradient": "grouped_gemm",
-    "attention_masked": "attention",
-    "row_gather": "memory",
-    "update": "memory",
-}
+_LIKE = {"grouped_weight_gradient": "grouped_gemm", "row_gather": "memory"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +38,7 @@ class Work:
     values a token) for decode's, (bytes,) for memory-bound work.
     """
 
-    # gemm, grouped_gemm, grouped_weight_gradient, attention, attention_masked, attention_backward, mla_decode,
-    # memory, row_gather, update
-    op: str
+    op: str  # gemm, grouped_gemm, grouped_weight_gradient, attention, attention_backward, mla_decode, memory, row_gather
     dtype: str
     flops: Number
     bytes: Number
@@ -81,6 +74,7 @@ class KernelTable:
 
     Attributes:
       launch_s: what no kernel call goes under, however little it does.
+      launch_set_by: the recorded row that set it; "" where it is taken from elsewhere.
     """
 
     name: str
@@ -90,6 +84,7 @@ class KernelTable:
     rows: tuple[Measurement, ...]
     # Work runs on this share of the SMs (communication kernels hold the others).
     compute_share: Number = 1.0
+    launch_set_by: str = ""
 
     def seconds(self, work: Work, gpu: Gpu) -> Number:
         """Returns the seconds of one call, never less than the roofline."""
@@ -150,11 +145,6 @@ def memory_pass(touched_bytes: Number) -> Work:
 def row_gather(touched_bytes: Number) -> Work:
     """Returns the work of moving rows by index, or of adding them up by weight."""
     return dataclasses.replace(memory_pass(touched_bytes), op="row_gather")
-
-
-def update_pass(touched_bytes: Number) -> Work:
-    """Returns the work of an optimizer's pass over weights, moments and gradients."""
-    return dataclasses.replace(memory_pass(touched_bytes), op="update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +220,8 @@ def load_table(name_or_path: str) -> KernelTable:
     document = json.loads(path.read_text())
     gpu = GPUS[document["gpu"]]
     rows = tuple(_measurement(row, gpu) for row in document["rows"])
-    return KernelTable(document["name"], document["source"], document["date"], document["launch_s"], rows)
+    head = (document[name] for name in ("name", "source", "date", "launch_s"))
+    return KernelTable(*head, rows, launch_set_by=document.get("launch_set_by", ""))
 
 
 def _measurement(row: dict[str, typing.Any], gpu: Gpu) -> Measurement:

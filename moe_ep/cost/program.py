@@ -90,13 +90,8 @@ def gradient_bytes_a_value(summed: bool) -> int:
 
 
 def update_bytes(parameters: Number, summed: bool) -> Number:
-    """Returns the bytes that one update of so many parameters moves: clipping's norm, Adam."""
-    return parameters * (_UPDATE + 2 * gradient_bytes_a_value(summed))
-
-
-def cast_bytes(parameters: Number) -> Number:
-    """Returns the bytes that the copies of so many parameters move, made once a step for the products."""
-    return parameters * _CAST
+    """Returns the bytes that one update of so many parameters moves: the cast, clipping's norm, Adam."""
+    return parameters * (_CAST + _UPDATE + 2 * gradient_bytes_a_value(summed))
 
 
 def pass_bytes(parameters: Number, looped: bool, accumulated: bool, widened: bool) -> Number:

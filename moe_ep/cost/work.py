@@ -63,7 +63,7 @@ def attention_core(model: ModelConfig, tokens: Number, context: Number, tp: int,
 def masked_core(model: ModelConfig, tokens: Number, keys: Number, tp: int, value_dim: int) -> Work:
     """Returns the scores and values of each token with all keys, those that its mask hides too."""
     causal = attention_core(model, tokens, keys, tp, value_dim)
-    return dataclasses.replace(causal, op="attention_masked", flops=2 * causal.flops)
+    return dataclasses.replace(causal, flops=2 * causal.flops)
 
 
 def attention_decode(

@@ -4,7 +4,7 @@ import dataclasses
 
 from moe_ep.config import parameters_by_part
 from moe_ep.cost import network, program, work
-from moe_ep.cost.kernels import Work, memory_pass, update_pass
+from moe_ep.cost.kernels import memory_pass
 from moe_ep.cost.memory import parameters_per_gpu, saved_bytes
 from moe_ep.cost.units import Number
 from moe_ep.simulate.layer import Block, attention_seconds, make_block, small_seconds, with_backward
@@ -94,11 +94,11 @@ def _kept_seconds(scenario: Scenario) -> Number:
     one_batch = dataclasses.replace(plan, saved_layers=plan.model.layers / layout.pp)
     moved += program.kept_bytes(saved_bytes(one_batch), looped)
     logits = program.loss_bytes(plan.model, plan.tokens) if layout.pp == 1 else 0.0
-    return _time(scenario, memory_pass(moved + logits))
+    return _pass_time(scenario, moved + logits)
 
 
-def _time(scenario: Scenario, work: Work) -> Number:
-    return scenario.stack.kernels.seconds(work, scenario.fabric.gpu)
+def _pass_time(scenario: Scenario, touched: Number) -> Number:
+    return scenario.stack.kernels.seconds(memory_pass(touched), scenario.fabric.gpu)
 
 
 def _update_seconds(scenario: Scenario) -> Number:
@@ -109,9 +109,7 @@ def _update_seconds(scenario: Scenario) -> Number:
     rest = (sum(parts.values()) - parts["experts"]) / layout.pp
     seconds = network.all_reduce_seconds(experts * 4, layout.expert_replicas, fabric, parameters, layout.ep)
     seconds += network.all_reduce_seconds(rest * 4, layout.stage_gpus, fabric, parameters)
-    held = experts + rest
-    update = update_pass(program.update_bytes(held, gradients_are_summed(scenario)))
-    return seconds + _time(scenario, update) + _time(scenario, memory_pass(program.cast_bytes(held)))
+    return seconds + _pass_time(scenario, program.update_bytes(experts + rest, gradients_are_summed(scenario)))
 
 
 def _send_seconds(scenario: Scenario) -> Number:

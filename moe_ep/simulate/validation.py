@@ -14,6 +14,7 @@ from moe_ep.cost.units import Number
 from moe_ep.simulate import calibration
 from moe_ep.simulate.points import POINTS, Point, find
 from moe_ep.simulate.published import Parameters
+from moe_ep.simulate.scenario import own_stack
 
 # Written by `fit_to_file`, so that predicting one point needs no fit; a test holds it equal to a fresh fit.
 FITTED = pathlib.Path(__file__).parent / "fitted.json"
@@ -120,6 +121,8 @@ def predict_all(values_path: str = "") -> dict[str, typing.Any]:
         {"parameter": name, "value": value, "set_by": list(calibration.SET_BY[name])}
         for name, value in dataclasses.asdict(parameters).items()
     ]
+    own = own_stack().kernels
+    listed.append({"parameter": "launch_s", "value": own.launch_s, "set_by": [f"{own.launch_set_by} (this project's own)"]})
     return {
         "rows": rows,
         "free_parameters": listed,

@@ -1,7 +1,5 @@
 """What a layer does, by hand: attention over whole pages, passes of this project's programs, kernels that do little."""
 
-import pytest
-
 from moe_ep.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_ep.cost import program, work
 
@@ -15,9 +13,8 @@ MODEL = ModelConfig(
 def test_a_chunk_over_pages_expands_and_scores_all_that_they_hold():
     """Two sequences of 8 tokens; pages of 12 each: 24 rows expanded, every query with 12 keys and no causal half."""
     plain, paged = (work.attention_prefill(MODEL, 16, 8, work.BF16, 1, 8, keys) for keys in (0, 12))
-    core = {call.op: call for call in plain + paged if call.op.startswith("attention")}
-    assert core["attention"].flops == 16 * 4 * 2 * (8 + 8) * 8 / 2
-    assert core["attention_masked"].flops == 16 * 4 * 2 * (8 + 8) * 12
+    flops = [call.flops for call in plain + paged if call.op == "attention"]
+    assert flops == [16 * 4 * 2 * (8 + 8) * 8 / 2, 16 * 4 * 2 * (8 + 8) * 12]
     expanded = [[call.shape[0] for call in calls if call.op == "gemm" and call.shape[1] == 16] for calls in (plain, paged)]
     assert expanded == [[16], [24]]
 
@@ -43,7 +40,6 @@ def test_a_routed_layer_has_more_small_kernels_than_a_dense_one():
         assert program.small_kernels(phase, routed=True) > 2 * program.small_kernels(phase, routed=False)
 
 
-def test_an_update_and_its_casts_move_what_adam_needs():
+def test_an_update_moves_what_adam_and_the_casts_need():
     """Three float32 arrays read and written, a BF16 gradient read twice; float32 read and BF16 written for the products."""
-    assert program.update_bytes(1, summed=False) == pytest.approx(24 + 2 * 2)
-    assert program.cast_bytes(1) == 6
+    assert program.update_bytes(1, summed=False) == 24 + 2 * 2 + 6

@@ -16,7 +16,7 @@ from moe_ep.simulate.compiled import FOLDER
 
 # Name -> config, settings. Of those in MEMORY_ONLY the schedule is not kept.
 PROGRAMS = {
-    "train_single": ("single_gpu", ("aot.program=train", "aot.context=2048", "aot.tokens_per_gpu=16384")),
+    "train_single": ("single_gpu", ("aot.program=train", "aot.context=2048", "aot.tokens_per_gpu=24576")),
     "prefill_single": ("single_gpu", ("aot.program=prefill", "aot.context=2048", "aot.tokens_per_gpu=16384")),
     "decode_single": ("single_gpu", ("aot.program=decode", "aot.context=2048", "aot.tokens_per_gpu=131072")),
     **{

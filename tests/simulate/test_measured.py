@@ -5,7 +5,9 @@ import pathlib
 
 import pytest
 
+from moe_ep.simulate import launch
 from moe_ep.simulate.measured import GOAL, compare, markdown
+from moe_ep.simulate.scenario import own_stack
 
 RESULTS = pathlib.Path(__file__).parents[2] / "results"
 
@@ -19,6 +21,13 @@ def test_every_recorded_step_is_predicted_within_the_goal(rows):
     kinds = {row["what"].split(" step")[0].split(",")[0] for row in rows}
     assert {"one MoE layer", "prefill", "decode"} <= kinds
     assert not [row for row in rows if abs(row["residual"]) > GOAL]
+
+
+def test_one_row_sets_the_launch_and_it_is_what_a_fresh_fit_gives(rows):
+    launch_s, what = launch.fit(RESULTS)
+    assert own_stack().kernels.launch_s == pytest.approx(launch_s, rel=2e-3)
+    assert [row["what"] for row in rows if row["sets"]] == [what] == [own_stack().kernels.launch_set_by]
+    assert f"sets launch_s | `{launch.FILE}`" in markdown(rows)
 
 
 def test_measured_memory_is_predicted_within_three_percent(rows):
