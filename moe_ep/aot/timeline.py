@@ -134,7 +134,7 @@ class Timeline:
         """Returns the share of the collectives' time that no compute waited for; 1 when there are none."""
         counted = [t for t in self.transfers if t.is_exchange or not exchanges_only]
         total = sum(t.seconds for t in counted)
-        return 1.0 - sum(t.exposed_s for t in counted) / total if total else 1.0
+        return max(0.0, 1.0 - sum(t.exposed_s for t in counted) / total) if total else 1.0
 
 
 def walk(schedule: dict, estimates: Estimates) -> Timeline:
