@@ -105,9 +105,13 @@ def limits_page(programs: Named, summarize: Summarize, progress: Progress) -> tu
         limits = search_limits(config, summarize, progress.say)
         rows.append({"name": name, "dispatch": f"{config.dispatch.transport}, {config.dispatch.overlap}", **limits})
         progress.done(f"{name}: {limits['tokens_per_gpu']} tokens per GPU, context {limits['context']}")
-    return rows, table(_NAME | _DISPATCH | limits_columns(), rows)
+    return rows, _NEAR_MEMORY + table(_NAME | _DISPATCH | limits_columns(), rows)
 
 
+_NEAR_MEMORY = (
+    "XLA gives up overlap near the memory's end, before a program stops fitting: what is hidden at the largest size may be "
+    "nothing, and a smaller one faster.\n\n"
+)
 _NAME: Columns = {"program": lambda row: row["name"]}
 _DISPATCH: Columns = {"transport, overlap": lambda row: row["dispatch"]}
 

@@ -61,15 +61,25 @@ def _overlap(config: Config, result: dict) -> list[str]:
             f"no overlap is stated: {OVER_MEMORY}",
             f"(as it stands: {step * 1e3:.2f} ms, {share:.1%} of dispatch and combine hidden; {links})",
         ]
-    once = result["loops_counted_once"]
-    too_short = [f"{once} loops run as often as the data says and are counted once: times are too short "
-                 f"(model.moe.implementation={config.model.moe.implementation}; auto takes the GPU's kernels)"]  # fmt: skip
     hidden = (
-        f"of dispatch and combine {result['hidden_share']:.1%} hidden (bound {result['hidden_share_bound']:.1%}), of all "
-        f"collectives {result['hidden_share_all_collectives']:.1%} ({links})"
+        f"of dispatch and combine {_share(result['hidden_share'])} hidden (bound {_share(result['hidden_share_bound'])}), of "
+        f"all collectives {_share(result['hidden_share_all_collectives'])} ({links})"
         if result["exchange_s"] else "dispatch and combine cross no link"
     )  # fmt: skip
-    return (too_short if once else []) + [f"predicted step {result['predicted_step_s'] * 1e3:.2f} ms; {hidden}"]
+    return [*_notes(config, result), f"predicted step {result['predicted_step_s'] * 1e3:.2f} ms; {hidden}"]
+
+
+def _notes(config: Config, result: dict) -> list[str]:
+    """What a reader must know before the figures of a program that fits."""
+    notes = []
+    if once := result["loops_counted_once"]:
+        notes.append(f"{once} loops run as often as the data says and are counted once: times are too short "
+                     f"(model.moe.implementation={config.model.moe.implementation}; auto takes the GPU's kernels)")  # fmt: skip
+    if synchronous := result["synchronous_exchanges"]:
+        used = result["bytes_per_gpu"]["total"] / result["capacity_bytes"]
+        notes.append(f"{synchronous} dispatches and combines of a step are synchronous; {used:.0%} of the memory is in use, "
+                     "and near its end XLA gives up overlap before a program stops fitting")  # fmt: skip
+    return notes
 
 
 def coverage_table(timeline: Timeline) -> str:
@@ -88,7 +98,7 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def _share(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+    return "-" if share is None else f"{max(share, 0.0):.1%}"
 
 
 def _verdict(row: dict) -> str:

@@ -53,6 +53,8 @@ def summarize(config: Config, compiled: Compiled) -> dict:
         },
         "loops_counted_once": data_dependent_loops(compiled.schedule),
         "collectives": [_collective(transfer) for transfer in compiled.timeline.transfers],
+        "synchronous_exchanges": sum(transfer.count for transfer in compiled.timeline.transfers
+                                     if transfer.is_exchange and not transfer.asynchronous),
         "bytes_sent_per_gpu": _sent(compiled.timeline, exchanges_only=False),
         "exchange_bytes_sent_per_gpu": _sent(compiled.timeline, exchanges_only=True),
         **(schedule if memory.fits else dict.fromkeys(schedule)),
