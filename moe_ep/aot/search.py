@@ -6,7 +6,6 @@ from collections.abc import Callable
 from moe_ep.aot.summary import Summarize
 from moe_ep.config import Config, ConfigError
 from moe_ep.cost.memory import total
-from moe_ep.cost.work import BF16
 from moe_ep.simulate.engines import scenario_of_program
 from moe_ep.simulate.memory import memory_of
 
@@ -123,14 +122,6 @@ def _sized(config: Config, sequences: int, context: int) -> Config:
 def formula_bytes(config: Config) -> float:
     """Returns bytes per GPU by the memory formulas, 0 where they do not know the layout: then the search halves."""
     try:
-        return float(total(memory_of(scenario_of_program(config)))) + _returned_cache_bytes(config)
+        return float(total(memory_of(scenario_of_program(config))))
     except ConfigError:
         return 0.0
-
-
-def _returned_cache_bytes(config: Config) -> float:
-    """The formulas count a cache in decode only; the compiled prefill returns its prompts' own."""
-    if config.aot.program != "prefill":
-        return 0.0
-    model = config.model
-    return config.aot.tokens_per_gpu * model.layers * model.attention.cache_dim * BF16.cache_bytes

@@ -20,6 +20,7 @@ def plan_of(scenario: Scenario) -> MemoryPlan:
     node = min(scenario.fabric.gpus_per_node, layout.ep)
     in_flight = min(layout.pp, workload.micro_batches) if training else 1
     decoding, compiled = workload.phase == "decode", scenario.stack.is_compiled
+    cached = workload.sequences_per_gpu * layout.pp * workload.context if decoding else workload.tokens
     return MemoryPlan(
         model=model,
         training=training,
@@ -29,7 +30,7 @@ def plan_of(scenario: Scenario) -> MemoryPlan:
         slots=scenario.slots,
         attention_share=1 / node if layout.split_attention_weights else 1 / layout.tp,
         tokens=workload.tokens,
-        cached_tokens=workload.sequences_per_gpu * layout.pp * workload.context if decoding else 0.0,
+        cached_tokens=0.0 if training else cached,  # prefill's are its prompts' own
         buffer_rows=buffered * batches if layout.ep > 1 else 0.0,
         expert_rows=buffered,
         gradient_bytes=program.gradient_bytes_a_value(gradients_are_summed(scenario)) if compiled else 4,
