@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
     ("hardware", "shapes", "results", "progress"),
     ("config",),
-    ("override",),
+    ("override", "command"),
     ("placement",),
     ("mesh", "metrics", "data", "cost", "kernels"),
     ("dispatch",),

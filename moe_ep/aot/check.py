@@ -21,8 +21,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from moe_ep import override, results
-from moe_ep.aot import command
+from moe_ep import command, override, results
 from moe_ep.aot.compile import ABSENT_OPTIONS, absent_mesh, program_of
 from moe_ep.aot.topology import use_no_gpu
 from moe_ep.config import Config, ConfigError, check

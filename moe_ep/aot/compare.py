@@ -45,4 +45,6 @@ def verdict(row: dict) -> str:
     """Returns in a few words what a summary says: what is hidden, or what is missing."""
     if not row["fits"]:
         return f"does not fit, {row['missing_bytes'] / 1e9:.2f} GB are missing"
+    if not row["collectives"]:
+        return f"crosses no link, compiled in {row['compile_s']:.0f} s"
     return f"{row['hidden_share']:.1%} hidden (predicted), compiled in {row['compile_s']:.0f} s"

@@ -3,6 +3,7 @@
 import time
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_ep.aot.estimates import make_estimates
@@ -12,7 +13,9 @@ from moe_ep.aot.schedule import read_schedule
 from moe_ep.aot.timeline import Timeline, walk
 from moe_ep.aot.topology import compile_only_devices
 from moe_ep.config import Config, require
+from moe_ep.dispatch.exchange import row_tile
 from moe_ep.kernels.device import is_hopper
+from moe_ep.kernels.grouped_matmul import mosaic
 from moe_ep.mesh import COMPILER_OPTIONS, make_mesh
 from moe_ep.programs import Program, make_program
 
@@ -93,9 +96,14 @@ def compile_program(config: Config) -> Compiled:
 
 
 def _check_kernels(config: Config) -> None:
-    implementation, gpu = config.model.moe.implementation, config.cluster.gpu
-    require(implementation != "mosaic" or is_hopper(gpu), "model.moe.implementation", implementation,
-            f"auto on {gpu}: these kernels are Hopper's")  # fmt: skip
+    model, moe, gpu = config.model, config.model.moe, config.cluster.gpu
+    if moe.implementation != "mosaic":
+        return
+    require(is_hopper(gpu), "model.moe.implementation", moe.implementation, f"auto on {gpu}: these kernels are Hopper's")
+    # Tiles are multiples of the least that a kernel takes, whatever the layout (dispatch.exchange.row_tile).
+    refusal = mosaic.refusal(jnp.dtype(model.dtype), row_tile(0, 1), (1, model.width, moe.hidden))
+    require(refusal is None, "model.moe.implementation", moe.implementation,
+            f"auto here: these kernels were given {refusal}")  # fmt: skip
 
 
 def _expert_rows(config: Config, tokens: int) -> float:

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 
 from absl import flags
 
-from moe_ep import override, results
-from moe_ep.aot import command
+from moe_ep import command, override, results
 from moe_ep.aot.compare import choices_of, compare, verdict
 from moe_ep.aot.report import PROGRAM_COLUMNS, Columns, limits_columns, part_columns, sent_columns, table
 from moe_ep.aot.search import search_limits

@@ -115,7 +115,7 @@ class Timeline:
         total = sum(t.seconds for t in exchanges)
         bodies = {t.body for t in exchanges}
         coverable = sum(self._coverable_s(body, [t for t in exchanges if t.body == body]) for body in bodies)
-        return coverable / total if total else 1.0
+        return min(1.0, coverable / total) if total else 1.0
 
     def _coverable_s(self, body: str, exchanges: list[Transfer]) -> float:
         count, half = exchanges[0].count, sum(t.seconds for t in exchanges) / 2

@@ -2,13 +2,14 @@
 
 import os
 import secrets
-import sys
+from collections.abc import Callable
 
-from absl import app, flags
+from absl import flags
 import jax
 
-from moe_ep import results
+from moe_ep import command, results
 from moe_ep.bench import report
+from moe_ep.config import ConfigError
 
 SIZES = flags.DEFINE_enum("sizes", "full", ["full", "tiny"], "The experiment's sizes, or ones for any machine.")
 SAMPLES = flags.DEFINE_integer("samples", 15, "Samples of each contender, taken in turns.", lower_bound=2)
@@ -18,15 +19,25 @@ COMMIT = flags.DEFINE_string("commit", None, "What is recorded as the commit; as
 OUT = flags.DEFINE_string("out", "results", "The folder of the result files.")
 
 
-def start(argv: list[str], module: str) -> dict:
-    """Checks the command line and returns what a result opens with; a full-size run without a GPU ends with code 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Only flags are taken")
+def run(main: Callable[[], None]) -> None:
+    """Calls `main` with the flags parsed and a folder that results can be written to; else ends with code 2 and a line."""
+
+    def checked() -> None:
+        command.check_folder(OUT.value)
+        main()
+
+    command.run(checked)
+
+
+def start(module: str) -> dict:
+    """Returns what a result opens with.
+
+    Raises:
+      ConfigError: full sizes are asked for and there is no GPU.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU
     if SIZES.value == "full" and jax.default_backend() != "gpu":
-        message = f"--sizes=full: needs a GPU, this is {jax.default_backend()}; --sizes=tiny runs anywhere"
-        print(message, file=sys.stderr)
-        sys.exit(2)
+        raise ConfigError(f"--sizes=full: needs a GPU, this is {jax.default_backend()}; --sizes=tiny runs anywhere")
     return {
         "kind": "measured" if SIZES.value == "full" else "tiny sizes, no measurement:",
         **report.provenance(results.command_line(module), COMMIT.value),

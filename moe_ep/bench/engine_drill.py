@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -289,9 +289,7 @@ def as_markdown(result: dict) -> str:
     return "".join(lines)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Only flags are taken")
+def main() -> None:
     seed = 0 if command.SEED.value is None else command.SEED.value
     result = {
         "kind": "measured",
@@ -311,4 +309,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.sharding import Mesh
 
 from moe_ep import results
@@ -133,8 +133,8 @@ def as_markdown(result: dict) -> str:
     )
 
 
-def main(argv: list[str]) -> None:
-    result = command.start(argv, "moe_ep.bench.engine_load")
+def main() -> None:
+    result = command.start("moe_ep.bench.engine_load")
     load = {name: flag.value for name, flag in _FIELDS.items()}
     config = Config(model=ENGINE_MODEL) if command.SIZES.value == "full" else cpu8_tiny()
     mesh = make_mesh(config.mesh, config.cluster, config.model.moe.num_experts)
@@ -152,4 +152,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

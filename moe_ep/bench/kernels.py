@@ -14,7 +14,7 @@ import pathlib
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 import jax
 
 from moe_ep import results
@@ -154,8 +154,8 @@ def _cell(times) -> str:
     return f"{times['seconds'] * 1e3:.3f} ±{times['spread']:.1%}, {rate}, error {times['error']:.1e}"
 
 
-def main(argv):
-    result = command.start(argv, "moe_ep.bench.kernels")
+def main() -> None:
+    result = command.start("moe_ep.bench.kernels")
     sampling = (command.SAMPLES.value, command.SAMPLE_SECONDS.value)
     result["copy_bytes_per_s"] = copy_bandwidths(command.SIZES.value, *sampling)
     bandwidth = max(result["copy_bytes_per_s"].values())
@@ -171,4 +171,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -13,7 +13,6 @@ import functools
 import sys
 from typing import NamedTuple
 
-from absl import app
 import jax
 import jax.numpy as jnp
 
@@ -192,8 +191,8 @@ def as_markdown(result: dict) -> str:
     return "".join(lines)
 
 
-def main(argv):
-    result = command.start(argv, "moe_ep.bench.moe_layer")
+def main() -> None:
+    result = command.start("moe_ep.bench.moe_layer")
     result |= run(SIZES[command.SIZES.value], result["seed"], command.SAMPLES.value, command.SAMPLE_SECONDS.value)
     result["verdict"] = judge(result)
     print(markdown := as_markdown(result))
@@ -202,4 +201,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

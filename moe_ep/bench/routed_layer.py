@@ -12,7 +12,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from moe_ep import results
 from moe_ep.bench import command, kernel_cases, report
@@ -119,9 +119,7 @@ def as_markdown(result: dict) -> str:
     return "".join(lines)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Only flags are taken")
+def main() -> None:
     sizes = Sizes(**{name: flag.value for name, flag in _SIZES.items()})
     result = {"kind": "measured", "sizes": dataclasses.asdict(sizes)}
     result |= report.provenance(results.command_line("moe_ep.bench.routed_layer"), None)
@@ -133,4 +131,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -17,12 +17,12 @@ import tempfile
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.sharding import Mesh
 
 from moe_ep import metrics, override, results
 from moe_ep.bench import command, power, profile, report
-from moe_ep.config import Config, ConfigError, check
+from moe_ep.config import Config, check
 from moe_ep.data import make_dataset
 from moe_ep.hardware import gpu_of_device_kind
 from moe_ep.mesh import make_mesh, peak_bytes, place_batch
@@ -147,15 +147,11 @@ def _profile_table(profiled: dict | None) -> str:
     )
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Measures every implementation and writes the results."""
-    provenance = command.start(argv, "moe_ep.bench.train_step")
-    try:
-        config = check(override.apply(override.load(_CONFIG.value), _SET.value))
-        configs = {name: check(_with_experts(config, name)) for name in _IMPLEMENTATIONS.value}
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    provenance = command.start("moe_ep.bench.train_step")
+    config = check(override.apply(override.load(_CONFIG.value), _SET.value))
+    configs = {name: check(_with_experts(config, name)) for name in _IMPLEMENTATIONS.value}
     stem = pathlib.Path(_CONFIG.value).stem
     train = config.train
     result = provenance | {
@@ -177,4 +173,4 @@ def _with_experts(config: Config, implementation: str) -> Config:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -132,8 +132,13 @@ def as_text(table: Json) -> str:
     return head[:-2] + ',\n "rows": [\n' + rows + "\n ]\n}\n"
 
 
-def main(device: str) -> None:
-    """Writes the table of this project's kernels beside the others."""
+def main(arguments: list[str]) -> None:
+    """Writes the table of this project's kernels beside the others; the one argument is the device's name in results/."""
+    devices = sorted(path.stem.removeprefix("kernels_") for path in _RESULTS.glob("kernels_*.json"))
+    if len(arguments) != 1 or arguments[0] not in devices:
+        print(f"from_tuning {' '.join(arguments)}: allowed is one of {', '.join(devices)}", file=sys.stderr)
+        sys.exit(2)
+    (device,) = arguments
     topics = ("tune", "kernels")
     paths = (TABLES / f"{_ANCHORS}.json", *(_RESULTS / f"{topic}_{device}.json" for topic in topics))
     table = table_of(*(json.loads(path.read_text()) for path in paths))
@@ -141,4 +146,4 @@ def main(device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

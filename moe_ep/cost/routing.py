@@ -72,7 +72,7 @@ def make_routing(spec: str, num_experts: int, top_k: int, seed: int = 0) -> Rout
 def _wrong(spec: str) -> ConfigError:
     return ConfigError(
         f"--set simulate.routing={spec}: allowed is balanced, uniform, zipf:EXPONENT, "
-        "power_law:ALPHA, histogram:FILE or trace:FILE"
+        "power_law:ALPHA (numbers from 0 to below 10), histogram:FILE or trace:FILE"
     )
 
 
@@ -127,6 +127,8 @@ def _recorded(kind: str, path: str, spec: str, num_experts: int) -> Routing:
         whole = np.issubdtype(data.dtype, np.integer) and layers.ndim == 3 and layers.size
         if not whole or layers.min() < 0 or layers.max() >= num_experts:
             raise ConfigError(f"{flag}: allowed is int [layers, tokens, top_k] from 0 to {num_experts - 1}, at least one token")
+        if (np.diff(np.sort(layers, axis=-1), axis=-1) == 0).any():
+            raise ConfigError(f"{flag}: allowed is a trace whose tokens choose an expert at most once")
         counts = np.stack([np.bincount(layer.reshape(-1), minlength=num_experts) for layer in layers]).astype(float)
         together = _pairs(layers, num_experts)
     counts = np.atleast_2d(counts)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 
+from moe_ep import command
 from moe_ep.cost.from_tuning import as_text
 from moe_ep.cost.kernels import TABLES
 from moe_ep.cost.units import Number
@@ -48,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

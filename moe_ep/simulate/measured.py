@@ -15,6 +15,7 @@ import pathlib
 import shlex
 import typing
 
+from moe_ep import command
 from moe_ep.config import AttentionConfig, ClusterConfig, Config, MeshConfig, ModelConfig, MoEConfig, check
 from moe_ep.cost import program, work
 from moe_ep.cost.kernels import KernelTable, Work
@@ -198,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

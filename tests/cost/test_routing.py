@@ -117,3 +117,9 @@ def test_traces_that_are_none_are_refused(trace, tmp_path):
     np.save(tmp_path / "trace.npy", trace)
     with pytest.raises(ConfigError, match="from 0 to 3, at least one token"):
         make_routing(f"trace:{tmp_path / 'trace.npy'}", 4, 2)
+
+
+def test_a_trace_whose_token_chooses_an_expert_twice_is_refused(tmp_path):
+    np.save(tmp_path / "trace.npy", np.array([[0, 1], [2, 2]]))
+    with pytest.raises(ConfigError, match="at most once"):
+        make_routing(f"trace:{tmp_path / 'trace.npy'}", 4, 2)

@@ -1,4 +1,4 @@
-"""How this package's own commands start: a wrong flag or value ends with exit code 2 and one line."""
+"""How commands other than `moe_ep.run` start: a wrong flag or value ends with exit code 2 and one line."""
 
 import os
 import pathlib
