@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_ep.config import ClusterConfig, ConfigError, MeshConfig, check_node_split, require
+from moe_ep.checks import check_node_split
+from moe_ep.config import ClusterConfig, ConfigError, MeshConfig, require
 
 DATA, NODE, GPU = "data", "node", "gpu"
 EXPERT = (NODE, GPU)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_ep.config import ModelConfig, forward_flops_per_token
+from moe_ep.config import ModelConfig
+from moe_ep.parameter_counts import forward_flops_per_token
 from moe_ep.hardware import Gpu
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from moe_ep import override
-from moe_ep.config import Config, ConfigError, check, cpu8_tiny
+from moe_ep.checks import check
+from moe_ep.config import Config, ConfigError, cpu8_tiny
 
 _MOST_EMULATED = 1024
 

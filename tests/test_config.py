@@ -11,18 +11,16 @@ import numpy as np
 import pytest
 
 from moe_ep import override
+from moe_ep.checks import check
 from moe_ep.config import (
     Config,
     ConfigError,
     DispatchConfig,
-    active_parameters,
-    check,
     cpu8_tiny,
     flatten,
-    forward_flops_per_token,
-    parameters_by_part,
     to_json,
 )
+from moe_ep.parameter_counts import active_parameters, forward_flops_per_token, parameters_by_part
 from moe_ep.model.transformer import Transformer, for_platform
 
 PRESETS = sorted(glob.glob("configs/*.py"))

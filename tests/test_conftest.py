@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from moe_ep import config
+from moe_ep import parameter_counts
 
 
 def test_128_cpu_devices_are_emulated():
@@ -24,4 +24,4 @@ def test_ranks_do_not_promote():
 
 def test_annotations_of_moe_ep_are_checked():
     with pytest.raises(jaxtyping.TypeCheckError, match="width"):
-        config.mlp_parameters(width="wide", hidden=8, activation="gelu")
+        parameter_counts.mlp_parameters(width="wide", hidden=8, activation="gelu")

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
     ("hardware", "shapes", "results", "progress"),
     ("config",),
-    ("override", "command"),
+    ("override", "command", "checks", "parameter_counts"),
     ("placement",),
     ("mesh", "metrics", "data", "cost", "kernels"),
     ("dispatch",),
@@ -28,7 +28,7 @@ LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
 # These plan 128 GPUs on any machine within a second, so neither they nor what they import
 # imports jax or what is built on it.
-WITHOUT_JAX = ("config", "override", "hardware", "placement", "metrics", "data", "cost", "simulate")
+WITHOUT_JAX = ("config", "checks", "parameter_counts", "override", "command", "hardware", "placement", "metrics", "data", "cost", "simulate")
 JAX_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 
 # Arrays in, arrays out.

@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 from moe_ep import command, override, results
 from moe_ep.aot.compile import ABSENT_OPTIONS, absent_mesh, program_of
 from moe_ep.aot.topology import use_no_gpu
-from moe_ep.config import Config, ConfigError, check
+from moe_ep.checks import check
+from moe_ep.config import Config, ConfigError
 from moe_ep.hardware import GPUS, gpu_of_device_kind
 from moe_ep.kernels import device
 from moe_ep.mesh import COMPILER_OPTIONS, make_mesh, peak_bytes, place_batch

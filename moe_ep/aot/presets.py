@@ -21,7 +21,8 @@ from moe_ep.aot.report import PROGRAM_COLUMNS, Columns, limits_columns, part_col
 from moe_ep.aot.search import search_limits
 from moe_ep.aot.summary import Summarize, dispatch_name, open_kept, summarize_kept
 from moe_ep.aot.topology import use_no_gpu
-from moe_ep.config import Config, ConfigError, check
+from moe_ep.checks import check
+from moe_ep.config import Config, ConfigError
 from moe_ep.progress import Finished, Progress
 
 # Two sequences of 1024 in prefill, eight in decode; a training step of a model that fits with its optimizer.

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
-from moe_ep.config import Config, ConfigError, MeshConfig, check, check_node_split
+from moe_ep.checks import check, check_node_split
+from moe_ep.config import Config, ConfigError, MeshConfig
 
 
 class Layout(NamedTuple):

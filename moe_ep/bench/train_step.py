@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 
 from moe_ep import metrics, override, results
 from moe_ep.bench import command, power, profile, report
-from moe_ep.config import Config, check
+from moe_ep.checks import check
+from moe_ep.config import Config
 from moe_ep.data import make_dataset
 from moe_ep.hardware import gpu_of_device_kind
 from moe_ep.mesh import make_mesh, peak_bytes, place_batch

@@ -7,7 +7,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from moe_ep.bench.running import Counted, Running
-from moe_ep.config import ModelConfig, parameters_by_part
+from moe_ep.config import ModelConfig
+from moe_ep.parameter_counts import parameters_by_part
 from moe_ep.dispatch import TRANSPORTS, make_exchange
 
 # Of each trained parameter, in an update: float32 weight, gradient and two moments read; all but the gradient written.

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from moe_ep.config import ModelConfig, attention_parameters, mlp_parameters
+from moe_ep.config import ModelConfig
+from moe_ep.parameter_counts import attention_parameters, mlp_parameters
 from moe_ep.cost.kernels import Work, gemm, memory_pass
 from moe_ep.cost.units import Number
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from moe_ep.config import Config, mlp_parameters, parameters_by_part
+from moe_ep.config import Config
+from moe_ep.parameter_counts import mlp_parameters, parameters_by_part
 from moe_ep.cost.memory import parameters_per_gpu, total
 from moe_ep.cost.micro_batch import MicroBatchPlan, largest_micro_batch
 from moe_ep.cost.network import gather_seconds

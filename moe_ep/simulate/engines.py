@@ -2,7 +2,8 @@
 
 import typing
 
-from moe_ep.config import Config, ModelConfig, check
+from moe_ep.checks import check
+from moe_ep.config import Config, ModelConfig
 from moe_ep.cost.entries import is_experts
 from moe_ep.cost.memory import total
 from moe_ep.cost.units import Number

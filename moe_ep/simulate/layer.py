@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from moe_ep.config import attention_parameters
+from moe_ep.parameter_counts import attention_parameters
 from moe_ep.cost import network, program, work
 from moe_ep.cost import recipe as recipes
 from moe_ep.cost.kernels import Work

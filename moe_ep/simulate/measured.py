@@ -16,7 +16,8 @@ import shlex
 import typing
 
 from moe_ep import command
-from moe_ep.config import AttentionConfig, ClusterConfig, Config, MeshConfig, ModelConfig, MoEConfig, check
+from moe_ep.checks import check
+from moe_ep.config import AttentionConfig, ClusterConfig, Config, MeshConfig, ModelConfig, MoEConfig
 from moe_ep.cost import program, work
 from moe_ep.cost.kernels import KernelTable, Work
 from moe_ep.cost.units import Number

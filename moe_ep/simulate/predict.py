@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from moe_ep.config import mlp_parameters
+from moe_ep.parameter_counts import mlp_parameters
 from moe_ep.cost.kernels import peak_flops
 from moe_ep.cost.memory import total
 from moe_ep.cost.units import Number

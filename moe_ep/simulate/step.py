@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moe_ep.config import parameters_by_part
+from moe_ep.parameter_counts import parameters_by_part
 from moe_ep.cost import network, program, work
 from moe_ep.cost.kernels import memory_pass
 from moe_ep.cost.memory import parameters_per_gpu, saved_bytes

@@ -13,7 +13,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from moe_ep import metrics
-from moe_ep.config import Config, ConfigError, parameters_by_part, require, to_json
+from moe_ep.config import Config, ConfigError, require, to_json
+from moe_ep.parameter_counts import parameters_by_part
 from moe_ep.data import Dataset, make_dataset
 from moe_ep.hardware import gpu_of_device_kind
 from moe_ep.mesh import is_first_process, peak_bytes, place_batch

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from moe_ep.config import Config, active_parameters, forward_flops_per_token, mlp_parameters, parameters_by_part
+from moe_ep.config import Config
+from moe_ep.parameter_counts import active_parameters, forward_flops_per_token, mlp_parameters, parameters_by_part
 from moe_ep.dispatch import TRANSPORTS, make_exchange
 from moe_ep.hardware import gpu_of_device_kind
 from moe_ep.mesh import DATA, GPU, NODE, expert_degree

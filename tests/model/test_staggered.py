@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_ep.config import AttentionConfig, Config, ConfigError, DispatchConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from moe_ep.config import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    DispatchConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    TrainConfig,
+)
 from moe_ep.mesh import make_mesh
 from moe_ep.train.state import abstract_state
 from moe_ep.train.step import make_gradients, parameter_specs

@@ -10,7 +10,7 @@ import json
 import sys
 
 from moe_ep.aot.compile import compile_program
-from moe_ep.config import check
+from moe_ep.checks import check
 from moe_ep.override import apply, load
 from moe_ep.simulate.compiled import FOLDER
 

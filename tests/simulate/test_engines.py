@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from moe_ep.config import check
+from moe_ep.checks import check
 from moe_ep.cost.program import small_kernels
 from moe_ep.override import apply, load
 from moe_ep.simulate import compiled

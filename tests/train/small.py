@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from moe_ep.checks import check
 from moe_ep.config import (
     AttentionConfig,
     ClusterConfig,
@@ -15,7 +16,6 @@ from moe_ep.config import (
     MoEConfig,
     OptimizerConfig,
     TrainConfig,
-    check,
 )
 from moe_ep.mesh import make_mesh, place_batch
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from moe_ep import override
-from moe_ep.config import parameters_by_part
+from moe_ep.parameter_counts import parameters_by_part
 from moe_ep.mesh import TOKENS, expert_degree, make_mesh
 from moe_ep.train.state import abstract_state
 from moe_ep.train.step import make_evaluate, make_step
