@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Float32, Int32
 
 from moe_ep.config import DispatchConfig, ModelConfig, MoEConfig

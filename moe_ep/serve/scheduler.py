@@ -10,7 +10,6 @@ early held pages it did not need.
 
 import collections
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
