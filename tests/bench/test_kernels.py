@@ -100,7 +100,7 @@ def test_full_sizes_without_a_gpu_end_with_code_2_and_one_line():
     command, environment = [sys.executable, "-m", "moe_ep.bench.kernels"], {**os.environ, "JAX_PLATFORMS": "cpu"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith("--sizes=full: needs a GPU, this is cpu")
+    assert ended.stderr.splitlines()[-1].startswith("moe_ep: --sizes=full: needs a GPU, this is cpu")
 
 
 def test_the_layer_that_is_measured_is_the_model_s():
