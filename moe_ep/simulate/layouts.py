@@ -87,10 +87,11 @@ def search(base: Scenario, latency_ms: Number | None = None) -> list[Row]:
 
 def _layouts(base: Scenario, gpus: int, experts: int) -> collections.abc.Iterator[Case]:
     degrees = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size <= gpus]
-    overlaps = (("none", 1), ("chunks", 2), ("chunks", 4), ("staggered", 1))
+    overlaps = (("none", 1), ("chunks", 2), ("chunks", 4), ("chunks", 8), ("staggered", 1))
     scales = (0.25, 0.5, 1.0, 2.0, 4.0)
     for ep, pp, (overlap, chunks), transport in itertools.product(degrees, degrees, overlaps, ("ragged", "all_to_all")):
-        if gpus % (ep * pp) or experts % ep:
+        chunked_ragged = chunks > 1 and transport == "ragged"  # which moves a wave at once
+        if gpus % (ep * pp) or experts % ep or chunked_ragged:
             continue
         layout = dataclasses.replace(base.layout, ep=ep, pp=pp, overlap=overlap, chunks=chunks, transport=transport,
                                      slots=None, placement="contiguous")  # fmt: skip
