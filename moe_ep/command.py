@@ -1,4 +1,4 @@
-"""How commands other than `moe_ep.run` start: a wrong flag or value ends with exit code 2 and one line."""
+"""How commands start and refuse: a wrong flag or value ends with exit code 2 and one line."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ from moe_ep.config import ConfigError
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags that are defined and calls `main`."""
-    app.run(lambda _: _call(main), flags_parser=_parse)
+    app.run(lambda _: _call(main), flags_parser=parse)
 
 
 def check_folder(out: str) -> None:
@@ -33,19 +33,21 @@ def _call(main: Callable[[], None]) -> None:
     try:
         main()
     except ConfigError as error:
-        _refuse(str(error))
+        refuse(str(error))
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str], allowed: str = "see --help") -> list[str]:
+    """Returns the program's name alone once the flags are parsed; anything else is refused, with what is `allowed`."""
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        _refuse(str(error))
+        refuse(str(error))
     if len(rest) > 1:
-        _refuse(f"{rest[1]}: allowed are flags only, see --help")
+        refuse(f"{rest[1]}: allowed are flags only, {allowed}")
     return rest
 
 
-def _refuse(message: str) -> None:
+def refuse(message: str) -> None:
+    """Ends with exit code 2 and one line."""
     print("moe_ep: " + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(2)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from moe_ep import override
+from moe_ep import command, override
 from moe_ep.checks import check
 from moe_ep.config import Config, ConfigError, cpu8_tiny
 
@@ -153,7 +153,7 @@ def main(_: list[str]) -> None:
         if _JSON.value and first:
             _write_json(result, _JSON.value, stdout)
     except ConfigError as error:
-        _refuse(str(error))
+        command.refuse(str(error))
 
 
 def _join_processes() -> bool:
@@ -190,20 +190,8 @@ def _profiling() -> contextlib.AbstractContextManager:
     return jax.profiler.trace(_PROFILE.value)
 
 
-def _refuse(message: str) -> None:
-    """Ends with exit code 2 and one line."""
-    print("moe_ep: " + " ".join(message.split()), file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
 def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        _refuse(str(error))
-    if len(rest) > 1:
-        _refuse(f"{rest[1]}: allowed are flags only, " + ", ".join("--" + name for name in _FLAG_NAMES))
-    return rest
+    return command.parse(argv, ", ".join("--" + name for name in _FLAG_NAMES))
 
 
 _FLAG_NAMES = (

@@ -7,6 +7,7 @@ epilogue works on the float32 accumulators and may read further [R, N] arrays.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -71,11 +72,22 @@ def _scratch(product, tiling, dtype):
     }
 
 
+def _by_role(product, refs):
+    """Returns the references of rows, weights, side inputs and outputs, in which order a kernel takes them."""
+    sizes = (product.passes, product.passes * product.accumulators, product.sides)
+    first, second, third = itertools.accumulate(sizes)
+    return refs[:first], refs[first:second], refs[second:third], refs[third:]
+
+
+def _multiply(product, accumulators, x_ring, own_rows, w_rings, slot):
+    for accumulator, ring in zip(accumulators, w_rings, strict=True):
+        w = ring.at[slot].transpose((1, 0)) if product.transposed else ring.at[slot]
+        plgpu.wgmma(accumulator, x_ring.at[slot, own_rows], w)
+
+
 def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, x_ring, w_rings, slots, full, empty):
     tile_group, valid_tiles, *refs = refs
-    xs, refs = refs[: product.passes], refs[product.passes :]
-    ws, refs = refs[: product.passes * product.accumulators], refs[product.passes * product.accumulators :]
-    sides, outputs = refs[: product.sides], refs[product.sides :]
+    xs, ws, sides, outputs = _by_role(product, refs)
     width = tiling.columns // product.accumulators
     steps_per_pass = depth // DEPTH
     steps = steps_per_pass * product.passes
@@ -112,17 +124,12 @@ def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, 
     def consume(warpgroup):
         own_rows = pl.ds(warpgroup * 64, 64)
 
-        def multiply(accumulators, slot):
-            for accumulator, ring in zip(accumulators, w_rings, strict=True):
-                w = ring.at[slot].transpose((1, 0)) if product.transposed else ring.at[slot]
-                plgpu.wgmma(accumulator, x_ring.at[slot, own_rows], w)
-
         def compute_tile(tile, step):
             row_tile, column_slice = position(tile)
             row_slice = pl.ds(row_tile * tiling.rows + warpgroup * 64, 64)
 
             def accumulate(*accumulators):
-                run = functools.partial(multiply, accumulators)
+                run = functools.partial(_multiply, product, accumulators, x_ring, own_rows, w_rings)
                 stores, reads = ([ref.at[row_slice, column_slice] for ref in refs] for refs in (outputs, sides))
                 first_reads = parts.load_sides(reads, 0)
                 parts.drain_ring(run, product.accumulators, steps, step, full, empty, tiling.stages)
