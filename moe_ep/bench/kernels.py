@@ -18,7 +18,7 @@ from absl import flags
 import jax
 
 from moe_ep import results
-from moe_ep.bench import command, kernel_cases, power, report
+from moe_ep.bench import command, energy, kernel_cases, power, report
 from moe_ep.bench.correctness import poisoned_call, relative_error
 from moe_ep.bench.kernel_cases import Case, Goal
 from moe_ep.bench.timing import Times, measure_in_turns
@@ -53,7 +53,7 @@ def measure_rows(
 
 
 def measure(case: Case, samples: int, sample_seconds: float, bandwidth: float) -> dict:
-    """Returns one row: the errors, times and rates of every contender, and whether the goal is met."""
+    """Returns one row: the errors, times, rates and joules of every contender, and whether the goal is met."""
     expected = jax.block_until_ready(case.expected())
     errors, unavailable = {}, {}
     for name, contender in case.contenders.items():
@@ -67,7 +67,10 @@ def measure(case: Case, samples: int, sample_seconds: float, bandwidth: float) -
     correct = {name: case.contenders[name] for name in errors if errors[name] <= LARGEST_ERROR}
     with power.watch() as watched:
         times = measure_in_turns(correct, samples, sample_seconds)
-    contenders = {name: _contender_record(case, errors[name], times.get(name)) for name in errors}
+    joules = energy.measure(correct, times)
+    contenders = {
+        name: _contender_record(case, error, times.get(name), joules.get(name)) for name, error in errors.items()
+    }
     achieved = achievement(case.goal, case.bytes, times, bandwidth)
     return {
         "row": case.row, "flops": case.flops, "bytes": case.bytes,
@@ -96,11 +99,13 @@ def is_met(goal: Goal, achieved: float | None) -> bool | None:
     return achieved <= goal.value if goal.kind == "time" else achieved >= goal.value
 
 
-def _contender_record(case, error, times):
+def _contender_record(case, error, times, joules):
     record = {"error": error}
     if times is not None:
         record |= {"seconds": times.median, "spread": times.spread, "samples": times.samples, "calls": times.calls}
         record |= {"flops_per_s": case.flops / times.median, "bytes_per_s": case.bytes / times.median}
+    if joules is not None:
+        record["joules"] = joules
     return record
 
 
@@ -125,7 +130,8 @@ def as_markdown(result: dict) -> str:
     lines = [
         report.heading("Kernels against their rivals", result),
         f"Copy (read + write), the faster being the goals' copy bandwidth: {copies}. Times are medians in ms with "
-        "the spread of the quartiles; TF is 1e12 FLOP/s; error is ||out - float32 reference|| / ||reference||.\n\n",
+        "the spread of the quartiles; TF is 1e12 FLOP/s; pJ is the board's energy "
+        "by its own counter, each contender alone; error is ||out - float32 reference|| / ||reference||.\n\n",
         "| row | ours | rivals | goal | achieved | met | power, SM clock, samples held back by the power limit |\n",
         "|---|---|---|---|---|---|---|\n",
     ]
@@ -151,7 +157,14 @@ def _cell(times) -> str:
         return f"wrong (error {times['error']:.2g})"
     teraflops, gigabytes = times["flops_per_s"] / 1e12, times["bytes_per_s"] / 1e9
     rate = f"{teraflops:.0f} TF" if teraflops else f"{gigabytes:.0f} GB/s"
-    return f"{times['seconds'] * 1e3:.3f} ±{times['spread']:.1%}, {rate}, error {times['error']:.1e}"
+    return f"{times['seconds'] * 1e3:.3f} ±{times['spread']:.1%}, {rate}{_energy(times)}, error {times['error']:.1e}"
+
+
+def _energy(times) -> str:
+    if "joules" not in times:
+        return ""
+    unit, rate = ("FLOP", times["flops_per_s"]) if times["flops_per_s"] else ("B", times["bytes_per_s"])
+    return f", {1e12 * times['joules'] / times['seconds'] / rate:.3g} pJ/{unit}"
 
 
 def main() -> None:

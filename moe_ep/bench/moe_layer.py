@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_ep import results
-from moe_ep.bench import command, kernel_cases, report, torch_moe_layer
+from moe_ep.bench import command, energy, kernel_cases, report, torch_moe_layer
 from moe_ep.bench.correctness import relative_error
-from moe_ep.bench.timing import Contender, Times, measure_in_turns
+from moe_ep.bench.timing import Contender, measure_in_turns
 from moe_ep.config import DispatchConfig, MoEConfig
 from moe_ep.dispatch import TRANSPORTS, Exchange, exchange_rows, make_exchange
 from moe_ep.model.moe import MoE
@@ -141,16 +141,21 @@ def run(sizes: Sizes, seed: int, samples: int, sample_seconds: float) -> dict:
     ours = contenders["ours forward"].launch()
     rivals = [name for name in contenders if name.endswith(" forward") and not name.startswith("ours")]
     differences = {name: relative_error(jnp.from_dlpack(contenders[name].launch().detach()), ours) for name in rivals}
-    times = measure_in_turns(contenders, samples, sample_seconds)
+    layers = _measure(contenders, samples, sample_seconds)
     del contenders, ours
     return {
         "sizes": dataclasses.asdict(sizes), "differs_from_ours": differences,
-        "times": _seconds(times), "stages": _seconds(measure_in_turns(stages(layer), samples, sample_seconds)),
+        "times": layers, "stages": _measure(stages(layer), samples, sample_seconds),
     }  # fmt: skip
 
 
-def _seconds(times: dict[str, Times]) -> dict[str, dict[str, float]]:
-    return {name: {"seconds": value.median, "spread": value.spread} for name, value in times.items()}
+def _measure(contenders: dict[str, Contender], samples: int, sample_seconds: float) -> dict[str, dict[str, float]]:
+    times = measure_in_turns(contenders, samples, sample_seconds)
+    joules = energy.measure(contenders, times)
+    return {
+        name: {"seconds": value.median, "spread": value.spread} | ({"joules": joules[name]} if name in joules else {})
+        for name, value in times.items()
+    }
 
 
 def judge(result: dict) -> dict:
@@ -176,10 +181,12 @@ def as_markdown(result: dict) -> str:
     lines = [
         report.heading("One routed layer on one device", result),
         f"{sizes['experts']} experts of {sizes['width']} x {sizes['hidden']}, {sizes['tokens']} tokens, "
-        f"top-{sizes['top_k']}. Medians in ms, with the spread of the quartiles.\n\n| what | ms |\n|---|---|\n",
+        f"top-{sizes['top_k']}. Medians in ms, with the spread of the quartiles; joules of the board a call, by its own "
+        "counter, each alone.\n\n| what | ms | J |\n|---|---|---|\n",
     ]
     for name, times in {**result["times"], **result["stages"]}.items():
-        lines.append(f"| {name} | {times['seconds'] * 1e3:.3f} ±{times['spread']:.1%} |\n")
+        joules = f"{times['joules']:.3g}" if "joules" in times else "-"
+        lines.append(f"| {name} | {times['seconds'] * 1e3:.3f} ±{times['spread']:.1%} | {joules} |\n")
     lines.append(
         f"\n| direction | experts' share (goal {EXPERTS_SHARE_GOAL:.0%}) | "
         f"speedup over torch (goal {SPEEDUP_GOAL}x) | stages / whole |\n|---|---|---|---|\n"

@@ -1,9 +1,11 @@
 """The benchmarks measure what they say, at tiny sizes, and judge by the goals."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 
 from moe_ep import mesh
 from moe_ep import results
-from moe_ep.bench import correctness, kernel_cases, kernels, moe_layer, power, profile, report, timing
+from moe_ep.bench import correctness, energy, kernel_cases, kernels, moe_layer, power, profile, report, timing
 from moe_ep.bench.kernel_cases import Case, Goal
 from moe_ep.bench.timing import Contender, Times
 from moe_ep.config import ClusterConfig, DispatchConfig, MeshConfig
@@ -164,6 +166,22 @@ def test_a_profile_names_kernels_by_the_scopes_that_made_them():
         profile.Kernel("c", "moe", 0.25, 2.0),
     ]  # fmt: skip
     assert profile.by_scope(kernels) == {"b": 2.5, "moe": 1.25}
+
+
+def test_watts_are_between_renewals_of_the_counter_and_the_opening_reading_is_none():
+    assert energy.watts([(0.0, 5.0), (0.07, 10.0), (0.17, 80.0), (0.27, 150.0)]) == pytest.approx(700.0)
+    assert energy.watts([(0.0, 5.0), (0.07, 10.0), (0.17, 80.0)]) is None
+
+
+def test_joules_of_a_call_are_shown_where_a_counter_is(monkeypatch):
+    contenders = {"ours": Contender(lambda: time.sleep(0.01), lambda out: out)}
+    assert energy.measure(contenders, {"ours": times(0.01)}) == {}  # no GPU here
+    monkeypatch.setattr(energy, "counter", lambda: itertools.count().__next__)  # another joule with every reading
+    monkeypatch.setattr(energy, "_SECONDS", 0.05)
+    measured = {"ours": {"error": 0.0, "seconds": 2.0, "spread": 0.0, "flops_per_s": 5e12, "bytes_per_s": 0.0}}
+    assert energy.measure(contenders, {"ours": times(0.01)})["ours"] > 0
+    assert kernels._cell(measured["ours"] | {"joules": 20.0}) == "2000.000 ±0.0%, 5 TF, 2 pJ/FLOP, error 0.0e+00"
+    assert kernels._cell(measured["ours"]) == "2000.000 ±0.0%, 5 TF, error 0.0e+00"
 
 
 def test_power_samples_that_are_cut_short_are_left_out():
