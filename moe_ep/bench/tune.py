@@ -1,30 +1,38 @@
 """Measures every step of the expert MLP in every tiling on this GPU and rewrites its part of the kernels' table.
 
-    python -m moe_ep.bench.tune                              every problem
-    python -m moe_ep.bench.tune --groups 1 --rows 64 512  those alone, the table's other entries kept
+    python -m moe_ep.bench.tune                               every problem
+    python -m moe_ep.bench.tune --groups=1 --rows=64 --rows=512   those alone, the table's other entries kept
 
 Each candidate is first checked against XLA on fresh random data. All of a problem's
 candidates are timed in turns, and the fastest by its median is the table's entry.
 """
 
-import argparse
 import dataclasses
 import functools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
+from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from moe_ep import results
-from moe_ep.bench import report
+from moe_ep.bench import command, report
+from moe_ep.bench.compiling import compile_all
 from moe_ep.bench.timing import Contender, Times, measure_in_turns
+from moe_ep.config import ConfigError
 from moe_ep.kernels import device
 from moe_ep.kernels.grouped_matmul import RowGroups, choice, make_row_groups, mosaic, table, tiles_needed
 from moe_ep.kernels.grouped_matmul.mosaic_parts import Tiling
 from moe_ep.kernels.grouped_matmul.table import Entry, Problem
+
+_GROUPS = flags.DEFINE_multi_integer("groups", [], "Tune problems of so many groups alone; may be repeated.")
+_ROWS = flags.DEFINE_multi_integer("rows", [], "Tune problems of so many rows alone; may be repeated.")
+flags.set_default(command.SAMPLES, 9)
+flags.set_default(command.SAMPLE_SECONDS, 0.03)
 
 WIDTH, HIDDEN = 7168, 18432
 LARGEST_ERROR = 1e-2  # of bfloat16 results, relative to their norm
@@ -59,12 +67,28 @@ def problems() -> Iterator[Problem]:
     yield from (Problem(step, 8, 8 * 64, *steps[step]) for step in forward)
 
 
-def tune(problem: Problem, seed: int, samples: int, sample_seconds: float, measured: str) -> Entry:
-    """Returns the fastest of XLA and the kernels for this problem."""
+def compiled(chosen: list[Problem]) -> dict[Problem, dict[str, Callable]]:
+    """Returns the programs of each problem's candidates, all compiled."""
+    waiting, baselines = {}, set()
+    for problem in chosen:
+        operands, runs = jax.eval_shape(functools.partial(make_operands, problem, 0)), candidates(problem)
+        waiting |= {(problem, name): functools.partial(_compiled, run, operands) for name, run in runs.items()}
+        baselines.add((problem, next(iter(runs))))
+    programs = compile_all(waiting, tuned_by_xla=baselines)
+    return {problem: {name: programs[problem, name] for name in candidates(problem)} for problem in chosen}
+
+
+def _compiled(run, operands):
+    return run.lower(*operands).compile()
+
+
+def tune(
+    problem: Problem, programs: dict[str, Callable], seed: int, samples: int, sample_seconds: float, measured: str
+) -> Entry:
+    """Returns the fastest of XLA and the kernels, `programs` in `candidates`' order, for this problem."""
     operands = make_operands(problem, seed)
     contenders = {
-        name: Contender(functools.partial(run, *operands), jax.block_until_ready)
-        for name, run in candidates(problem).items()
+        name: Contender(functools.partial(program, *operands), jax.block_until_ready) for name, program in programs.items()
     }
     baseline, *kernels = contenders
     expected = contenders[baseline].launch()
@@ -158,7 +182,7 @@ def _with_static(step, problem):
 
 def _print_row(problem: Problem, times: dict[str, Times]):
     cells = "; ".join(f"{name} {1e3 * time.median:.3f} ms ±{time.spread:.1%}" for name, time in times.items())
-    print(f"{' '.join(map(str, dataclasses.astuple(problem)))}: {cells}", flush=True)
+    tqdm.write(f"{' '.join(map(str, dataclasses.astuple(problem)))}: {cells}")
 
 
 def as_markdown(result: dict) -> str:
@@ -173,42 +197,59 @@ def as_markdown(result: dict) -> str:
     return report.heading("Tilings of the expert MLP's steps", result) + "\n".join(lines) + "\n"
 
 
-def main(argv: list[str]):
-    """Tunes and writes the table and the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", type=pathlib.Path, default=table.PATH)
-    parser.add_argument("--groups", type=int, nargs="*", help="tune problems of so many groups alone")
-    parser.add_argument("--rows", type=int, nargs="*", help="tune problems of so many rows alone")
-    parser.add_argument("--samples", type=int, default=9)
-    parser.add_argument("--sample-seconds", type=float, default=0.03)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="results")
-    parser.add_argument("--commit", default=None)
-    options = parser.parse_args(argv)
-    if not device.is_hopper(device.device_kind()):
-        print(f"bench.tune: the device is {device.device_kind()!r}; the kernels run on Hopper GPUs", file=sys.stderr)
-        raise SystemExit(2)
-    provenance = report.provenance("python -m moe_ep.bench.tune " + " ".join(argv), options.commit)
-    entries = tune_selected(options, f"{provenance['date'][:10]} {provenance['commit']}")
-    table.write(options.table, device.device_kind(), entries)
-    result = provenance | {"kind": "measured", "entries": [dataclasses.asdict(entry) for entry in entries]}
-    for path in results.write(options.out, report.file_stem("tune"), result, as_markdown(result)):
-        print(f"wrote {path}")
+def main() -> None:
+    """Tunes and writes the table and the results, after every problem what is known by then."""
+    _check_place()
+    opening = command.start("moe_ep.bench.tune")
+    chosen = selected()
+    programs = compiled(chosen)
+    entries = known_entries()
+    sampling = (opening["seed"], command.SAMPLES.value, command.SAMPLE_SECONDS.value)
+    for problem in tqdm(chosen, "measuring", unit="problem"):
+        measured = f"{opening['date'][:10]} {opening['commit']}"
+        entries[problem] = tune(problem, programs.pop(problem), *sampling, measured)
+        paths = write(command.OUT.value, opening, [entries[known] for known in problems() if known in entries])
+    print(f"wrote {table.PATH}, {', '.join(map(str, paths))}", file=sys.stderr)
 
 
-def tune_selected(options: argparse.Namespace, measured: str) -> list[Entry]:
-    """Returns the table's new entries: the selected problems measured, the others as they stand in it."""
-    model = device.gpu_model(device.device_kind())
-    known = {entry.problem: entry for entry in table.read(options.table).get(model, ())}
+def _check_place():
+    if command.SIZES.value != "full":
+        raise ConfigError(f"--sizes={command.SIZES.value}: allowed is full, the table's sizes")
+    kind = device.device_kind()
+    if not device.is_hopper(kind):
+        raise ConfigError(f"moe_ep.bench.tune: the kernels run on Hopper GPUs, this is {kind}")
 
-    def selected(problem):
-        return problem.groups in (options.groups or [problem.groups]) and problem.rows in (options.rows or [problem.rows])
 
-    wanted = list(problems())
-    kept = [entry for problem, entry in known.items() if problem in wanted and not selected(problem)]
-    timing = (options.seed, options.samples, options.sample_seconds)
-    return kept + [tune(problem, *timing, measured) for problem in wanted if selected(problem)]
+def selected() -> list[Problem]:
+    """Returns the problems that the flags ask for.
+
+    Raises:
+      ConfigError: there are none.
+    """
+    groups, rows = (set(flag.value) for flag in (_GROUPS, _ROWS))
+    chosen = [
+        problem
+        for problem in problems()
+        if problem.groups in (groups or {problem.groups}) and problem.rows in (rows or {problem.rows})
+    ]
+    allowed = ", ".join(sorted({f"{problem.rows} rows in {problem.groups}" for problem in problems()}))
+    if not chosen:
+        raise ConfigError(f"--groups={sorted(groups)} --rows={sorted(rows)}: no such problem; allowed are {allowed}")
+    return chosen
+
+
+def known_entries() -> dict[Problem, Entry]:
+    """Returns this GPU's part of the table as it stands."""
+    entries = table.read(table.PATH).get(device.gpu_model(device.device_kind()), ())
+    return {entry.problem: entry for entry in entries}
+
+
+def write(out: str, opening: dict, entries: list[Entry]) -> list[pathlib.Path]:
+    """Writes the entries to the table and, after what a result opens with, to the results in `out`; returns their paths."""
+    table.write(table.PATH, device.device_kind(), entries)
+    result = opening | {"entries": [dataclasses.asdict(entry) for entry in entries]}
+    return results.write(out, report.file_stem("tune"), result, as_markdown(result))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command.run(main)

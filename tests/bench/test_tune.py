@@ -1,0 +1,63 @@
+"""The tuner compiles all candidates first, writes the fastest, and keeps the other GPUs' entries."""
+
+import functools
+import json
+
+import jax
+import pytest
+
+from moe_ep.bench import compiling, tune
+from moe_ep.kernels import device
+from moe_ep.kernels.grouped_matmul import dense, mosaic, table
+from moe_ep.kernels.grouped_matmul.table import Problem
+
+OPENING = {"kind": "measured", "device": "a", "date": "2026-01-02T03", "commit": "c", "versions": {"jax": "0"}, "command": "x"}
+
+
+@pytest.fixture
+def on_an_h100(tmp_path, monkeypatch):
+    """An H100 whose kernels are XLA's products, and a table of its own that holds an H200's entries."""
+    monkeypatch.setattr(device, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(mosaic, "product", lambda *operands, tiling: dense.STEPS.product(*operands))
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"h200": json.loads(table.PATH.read_text())["h200"][:2]}))
+    monkeypatch.setattr(table, "PATH", path)
+    return tmp_path
+
+
+def test_every_candidate_is_compiled_measured_and_written(on_an_h100):
+    problem = Problem("product", 1, 64, 32, 16)
+    programs = tune.compiled([problem])[problem]
+    assert list(programs) == list(tune.candidates(problem)) and len(programs) == 1 + len(tune.NARROW)
+    entry = tune.tune(problem, programs, seed=1, samples=2, sample_seconds=0.0, measured="today")
+    fastest = min(entry.milliseconds, key=entry.milliseconds.get)
+    assert (entry.implementation == "dense") == (fastest == "dense") == (entry.tiling is None)
+    paths = tune.write(str(on_an_h100), OPENING, [entry])
+    assert [path.name for path in paths] == ["tune_nvidia_h100_80gb_hbm3.json", "tune_nvidia_h100_80gb_hbm3.md"]
+    assert table.nearest("NVIDIA H100 80GB HBM3", problem) == entry == tune.known_entries()[problem]
+    assert len(table.read(table.PATH)["h200"]) == 2
+    assert f"| {fastest} | today |" in paths[1].read_text()
+
+
+def test_a_candidate_that_differs_from_xla_ends_the_tuning(on_an_h100, monkeypatch):
+    problem = Problem("product", 1, 64, 32, 16)
+    monkeypatch.setattr(mosaic, "product", lambda *operands, tiling: 1.1 * dense.STEPS.product(*operands))
+    with pytest.raises(SystemExit, match="differs from XLA by 0.1"):
+        tune.tune(problem, tune.compiled([problem])[problem], seed=1, samples=2, sample_seconds=0.0, measured="today")
+
+
+def test_what_xla_tunes_compiles_one_after_another_and_all_answers_have_their_names():
+    running, most = [], []
+
+    def compilation(name):
+        if name < 4:
+            running.append(name)
+            most.append(len(running))
+        program = jax.jit(lambda x: x + name).lower(1).compile()
+        if name < 4:
+            running.remove(name)
+        return program
+
+    programs = compiling.compile_all({name: functools.partial(compilation, name) for name in range(8)}, range(4))
+    assert {name: int(program(1)) for name, program in programs.items()} == {name: 1 + name for name in range(8)}
+    assert most == [1] * 4
