@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from moe_ep.aot.hlo import Computation, Instruction, Module, plain_opcode
+from moe_ep.aot.timeline import EXCHANGE_SCOPES
 
 OPCODES = {
     "all-to-all": "all_to_all",
@@ -164,10 +165,25 @@ def _mesh_groups(axes: str, over: str) -> np.ndarray:
 
 
 def scope_of(op_name: str) -> str:
-    """Returns the program's own named scopes in an op_name path: `moe/dispatch` of jit(f)/while/body/moe/dispatch/all_to_all."""
+    """Returns the program's own named scopes in an op_name path: `moe/dispatch` of jit(f)/while/body/moe/dispatch/all_to_all.
+
+    Of collectives that XLA combined the scope is the exchange's, if one is among them, else the first one's.
+    """
+    scopes = [_scopes_of_path(path) for path in _paths(op_name)]
+    return next((scope for scope in scopes if scope.split("/")[-1] in EXCHANGE_SCOPES), scopes[0])
+
+
+def _paths(op_name: str) -> list[str]:
+    """Returns the path of each instruction that was combined: a:b, or in_common/(a:b)."""
+    common, parted, rest = op_name.partition("/(")
+    if parted and rest.endswith(")"):
+        return [f"{common}/{path}" for path in rest[:-1].split(":")]
+    return op_name.split(":")
+
+
+def _scopes_of_path(path: str) -> str:
     scopes = []
-    # Combined collectives join the names of all by colons.
-    for part in op_name.split(":")[0].split("/")[:-1]:
+    for part in path.split("/")[:-1]:
         while found := re.fullmatch(r"(?:transpose|jvp|vmap|remat|checkpoint)\((.*)\)", part):
             part = found.group(1)
         # An einsum's own formula is a name in the path as well.

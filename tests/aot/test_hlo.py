@@ -295,3 +295,6 @@ def test_scopes_of_differentiated_and_combined_names():
     path = "jit(step)/shard_map/transpose(jvp(moe))/while/body/dispatch/all_to_all"
     assert scope_of(path) == "moe/dispatch"
     assert scope_of("jit(f)/sum_gradients/psum:jit(f)/other/psum") == "sum_gradients"
+    combined = "jit(decode)/while/body/moe/(expert_rows/all_gather:all_gather:dispatch/all_gather)"
+    assert scope_of(combined) == "moe/dispatch"  # the tokens travel with their weights
+    assert scope_of(combined.replace("dispatch", "counts")) == "moe/expert_rows"
