@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int32
 
 from moe_ep.config import Config
-from moe_ep.dispatch import DispatchCounts, sum_counts
-from moe_ep.mesh import ALL_AXES, TOKENS, vary
+from moe_ep.dispatch import DispatchCounts, check_chunks, sum_counts
+from moe_ep.mesh import ALL_AXES, TOKENS, expert_degree, vary
 from moe_ep.model.block import DenseBlock, MoEBlock
 from moe_ep.model.kv_cache import CACHE, make_cache, round_up_rows
 from moe_ep.model.moe import MoEReport
@@ -56,8 +56,14 @@ def make_program(config: Config, mesh: Mesh, phase: str, *, sequences: int, cont
       sequences: of each device, in a micro-batch.
       context: tokens of a sequence; in decode those that its cache holds.
       replay: whether it takes choices to use instead of the routers' own; else None is passed.
+
+    Raises:
+      ConfigError: the dispatch has more chunks than there are rows to share out.
     """
-    return PHASES[phase](config, mesh, sequences, context, replay)
+    program, moe = PHASES[phase](config, mesh, sequences, context, replay), config.model.moe
+    check_chunks(config.dispatch, experts=moe.num_experts, peers=expert_degree(mesh), tokens=program.tokens_per_gpu,
+                 top_k=moe.top_k)  # fmt: skip
+    return program
 
 
 def _train(config: Config, mesh: Mesh, sequences: int, context: int, replay: bool) -> Program:

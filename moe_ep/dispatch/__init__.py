@@ -5,6 +5,7 @@ A transport is a file of functions with one signature each; `TRANSPORTS` is the 
 calls the stages itself: those with collectives stand apart from those without.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from moe_ep.config import DispatchConfig, require
 from moe_ep.dispatch import all_gather, all_to_all, ragged
 from moe_ep.dispatch.exchange import DispatchCounts, Exchange, end_pair, make_exchange, sum_counts
 from moe_ep.dispatch.plan import count_experts
@@ -132,8 +134,24 @@ def _in_turn(
     return transport.combine(came_back, weights, plan, exchange)
 
 
+def check_chunks(dispatch: DispatchConfig, *, experts: int, peers: int, tokens: int, top_k: int) -> None:
+    """Checks that the chunks of an exchange, of sizes as in `make_exchange`, hold a row each.
+
+    Raises:
+      ConfigError: there are more chunks than a queue has rows.
+    """
+    sizes = {"experts": experts, "peers": peers, "tokens": tokens, "top_k": top_k}
+    whole = make_exchange(dataclasses.replace(dispatch, chunks=1), **sizes)
+    rows = TRANSPORTS[whole.transport].queue_rows(whole)
+    require(dispatch.chunks <= rows, "dispatch.chunks", dispatch.chunks,
+            f"1 to {rows} with {tokens} tokens per device: a buffer has so many rows, and a chunk at least one")  # fmt: skip
+
+
 # all_gather moves all slices in one collective, and ragged has no chunks.
 _IN_CHUNKS = {"all_to_all": _in_turn}
 
 
-__all__ = ["TRANSPORTS", "DispatchCounts", "Exchange", "Transport", "count_experts", "exchange_rows", "make_exchange", "sum_counts"]
+__all__ = [
+    "TRANSPORTS", "DispatchCounts", "Exchange", "Transport", "check_chunks", "count_experts", "exchange_rows",
+    "make_exchange", "sum_counts",
+]  # fmt: skip

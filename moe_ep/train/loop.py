@@ -16,8 +16,9 @@ from moe_ep import metrics
 from moe_ep.config import Config, ConfigError, require, to_json
 from moe_ep.parameter_counts import parameters_by_part
 from moe_ep.data import Dataset, make_dataset
+from moe_ep.dispatch import check_chunks
 from moe_ep.hardware import gpu_of_device_kind
-from moe_ep.mesh import is_first_process, peak_bytes, place_batch
+from moe_ep.mesh import expert_degree, is_first_process, peak_bytes, place_batch
 from moe_ep.train.ahead import Accepted, Launcher
 from moe_ep.train.balance import interval_from_ms
 from moe_ep.train.checkpoint import Checkpoints
@@ -210,9 +211,11 @@ def _dataset(config: Config, split: str) -> Dataset:
 
 
 def _check_batch(config: Config, mesh: Mesh) -> None:
-    train = config.train
+    train, moe = config.train, config.model.moe
     require(train.batch_sequences % (mesh.size * train.accumulation) == 0, "train.batch_sequences",
             train.batch_sequences, f"a multiple of {mesh.size} devices x train.accumulation = {train.accumulation}")  # fmt: skip
+    tokens = train.batch_sequences * train.sequence // (mesh.size * train.accumulation)
+    check_chunks(config.dispatch, experts=moe.num_experts, peers=expert_degree(mesh), tokens=tokens, top_k=moe.top_k)
 
 
 def _claim(workdir: Path, config: Config) -> None:

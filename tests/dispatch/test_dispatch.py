@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_ep.config import ClusterConfig, MeshConfig
-from moe_ep.dispatch import TRANSPORTS, DispatchCounts, Exchange, exchange_rows
+from moe_ep.config import ClusterConfig, ConfigError, DispatchConfig, MeshConfig
+from moe_ep.dispatch import TRANSPORTS, DispatchCounts, Exchange, check_chunks, exchange_rows
 from moe_ep.kernels.grouped_matmul import ExpertWeights, expert_mlp
 from moe_ep.mesh import ALL_AXES, EXPERT, TOKENS, make_mesh, vary
 
@@ -189,6 +189,17 @@ def test_two_all_to_alls_a_slice(waves, chunks):
     exchange = Exchange(experts=128, peers=128, tokens=16, top_k=2, waves=waves, chunks=chunks)
     text = compiled_text(layer_mesh(128, experts=128), exchange, 128)
     assert text.count(" all-to-all(") == 2 * waves * chunks
+
+
+@pytest.mark.parametrize(("transport", "most"), [("all_to_all", 24), ("all_gather", 186)])
+def test_a_chunk_holds_a_row(transport, most):
+    def check(chunks):
+        dispatch = DispatchConfig(transport, "chunks", chunks)
+        check_chunks(dispatch, experts=16, peers=16, tokens=64, top_k=2)
+
+    check(most)
+    with pytest.raises(ConfigError, match=f"--set dispatch.chunks={most + 1}: allowed is 1 to {most} with 64 tokens"):
+        check(most + 1)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
