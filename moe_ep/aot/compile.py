@@ -1,6 +1,7 @@
 """Compiles a config's program for its absent cluster and reads what the compiler made of it."""
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -71,14 +72,19 @@ def absent_mesh(config: Config) -> Mesh:
     return make_mesh(config.mesh, config.cluster, config.model.moe.num_experts, devices)
 
 
-def compile_program(config: Config) -> Compiled:
+def compile_program(config: Config, on_start: Callable[[], None] = lambda: None) -> Compiled:
     """Compiles the config's program for its cluster and reads memory, collectives and schedule.
+
+    Args:
+      config: of the run.
+      on_start: called once nothing is wrong, before what takes long.
 
     Raises:
       ConfigError: a wrong layout, or jax without its CUDA plugin.
     """
     _check_kernels(config)
     gpus, program = gpus_of(config), program_of(config, absent_mesh(config))
+    on_start()
     begin, cpu_begin = time.perf_counter(), time.process_time()
     compiled = program.function.lower(*program.arguments).compile(compiler_options=ABSENT_OPTIONS)
     compile_s, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin

@@ -25,10 +25,10 @@ def aot(config: Config, workdir: pathlib.Path) -> dict:
     """
     use_no_gpu()
     finished = open_kept(workdir)
-    compiled = compile_program(config)
+    compiled = compile_program(config, lambda: _say(f"compiles {describe(config)}"))
     result = summarize(config, compiled)
     pages = [aot_table(config, result), coverage_table(compiled.timeline)]
-    print("\n".join(pages), flush=True)
+    print("\n".join(filter(None, pages)), flush=True)
     result["files"] = write_files(config, compiled, workdir)
     for name, study in _STUDIES.items():
         if getattr(config.aot, name):
@@ -53,10 +53,14 @@ def _compare(config: Config, finished: Finished) -> tuple[list[dict], str]:
 
 def _search(config: Config, finished: Finished) -> tuple[dict, str]:
     def say(text: str) -> None:
-        print(f"search  {text}", file=sys.stderr, flush=True)
+        _say(f"search  {text}")
 
     limits = search_limits(config, summarize_kept(finished, say), say)
     return limits, limits_text(limits)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 # Flags of config.aot -> what they ask for, and under which key of the result it stands.

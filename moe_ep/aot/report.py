@@ -21,7 +21,7 @@ def _headline(config: Config, result: dict) -> str:
     return (
         f"{result['program']}: {size_text(config)}, compiled for {result['gpus']} x {cluster.gpu} in "
         f"{result['compile_s']:.1f} s; "
-        f"transport {config.dispatch.transport}, overlap {result['overlap']}{chosen}"
+        f"{result['dispatch']}{chosen}"
     )
 
 
@@ -49,7 +49,7 @@ def _collectives(result: dict) -> list[str]:
             f"{row['groups']:>4} x {row['group_size']:<3}{row['predicted_s'] / row['count'] * 1e3:>8.3f} "
             f"{row['exposed_s'] / row['count'] * 1e3:>8.3f} {'yes' if row['asynchronous'] else 'no':>5}"
         )
-    return lines
+    return lines if result["collectives"] else ["collectives per step: none"]
 
 
 def _overlap(config: Config, result: dict) -> list[str]:
@@ -84,7 +84,7 @@ def _notes(config: Config, result: dict) -> list[str]:
 
 def coverage_table(timeline: Timeline) -> str:
     """Returns, for every collective, the work that runs between its start and its done."""
-    lines = ["what runs between start and done (predicted ms; the three longest)"]
+    lines = ["what runs between start and done (predicted ms; the three longest)"] if timeline.transfers else []
     for transfer in timeline.transfers:
         longest = sorted(transfer.covered_by, key=lambda work: -work.seconds)[:3]
         works = ", ".join(f"{work.op} {work.scope} {work.seconds * 1e3:.3f}" for work in longest) or "nothing"

@@ -138,7 +138,8 @@ def describe(config: Config) -> str:
 
 def size_text(config: Config) -> str:
     """Returns what each GPU computes; in decode a token each of sequences that have `context` in the cache."""
-    return f"{config.aot.tokens_per_gpu // config.aot.context} sequences of {config.aot.context} tokens per GPU"
+    sequences = config.aot.tokens_per_gpu // config.aot.context
+    return f"{sequences} sequence{'s' * (sequences > 1)} of {config.aot.context} tokens per GPU"
 
 
 def dispatch_name(config: Config) -> str:
