@@ -117,6 +117,11 @@ def shardings(mesh: Mesh, specs: object) -> object:
     )
 
 
+def has_gpu() -> bool:
+    """Returns whether jax runs on a GPU here; one that is absent may still be compiled for."""
+    return jax.default_backend() == "gpu"
+
+
 def peak_bytes(mesh: Mesh) -> int | None:
     """Returns the most bytes that this process's first device has held, None where it does not count (a CPU)."""
     statistics = mesh.local_devices[0].memory_stats()

@@ -40,6 +40,28 @@ def test_preset_is_valid_and_its_parameters_are_counted(path):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == sum(parameters_by_part(model).values())
 
 
+@pytest.mark.parametrize(
+    ("platform", "settings", "implementation"),
+    [
+        ("gpu", (), "cudnn"),
+        ("cpu", (), "xla"),
+        ("gpu", ("model.dtype=float32",), "xla"),
+        ("gpu", ("model.attention.nope_dim=53",), "cudnn"),  # 69 is padded to 72
+        ("gpu", ("model.attention.nope_dim=128", "model.attention.rope_dim=64"), "xla"),  # DeepSeek-V3's, without a GPU
+        ("gpu", ("model.attention.value_dim=136",), "xla"),
+    ],
+)
+def test_attention_is_cudnns_where_it_takes_the_heads(platform, settings, implementation):
+    config = override.apply(override.load("configs/seed_e16.py"), settings)
+    assert for_platform(config.model, platform).attention.implementation == implementation
+    insisting = override.apply(config, ["model.attention.implementation=cudnn"])
+    if implementation == "xla":
+        with pytest.raises(ConfigError, match="model.attention.implementation=cudnn: allowed is auto or xla: cuDNN takes "):
+            for_platform(insisting.model, platform)
+    else:
+        assert for_platform(insisting.model, platform) == insisting.model
+
+
 def test_weights_per_gpu_of_the_reference_model():
     """SPEC of the experiment: 30.65 + 21.06 + 1.59 + 1.44 GB of BF16 with one expert per layer on a GPU."""
     parts = parameters_by_part(override.load("configs/seed_e128.py").model)

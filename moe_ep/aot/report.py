@@ -5,8 +5,10 @@ from collections.abc import Callable
 from moe_ep.aot.summary import OVER_MEMORY, size_text
 from moe_ep.aot.timeline import Timeline
 from moe_ep.config import Config
+from moe_ep.model.mla import cudnn_refusal
 
 _GB = 1e9
+_NEARLY_FULL = 0.9  # of the memory: seen from 96 % on
 
 
 def aot_table(config: Config, result: dict) -> str:
@@ -72,13 +74,17 @@ def _overlap(config: Config, result: dict) -> list[str]:
 def _notes(config: Config, result: dict) -> list[str]:
     """What a reader must know before the figures of a program that fits."""
     notes = []
+    attention = config.model.attention
+    if attention.implementation == "auto" and config.model.dtype == "bfloat16" and (refusal := cudnn_refusal(attention)):
+        notes.append(f"attention over whole sequences is XLA's, which holds all scores: cuDNN takes {refusal}")
     if once := result["loops_counted_once"]:
         notes.append(f"{once} loops run as often as the data says and are counted once: times are too short "
                      f"(model.moe.implementation={config.model.moe.implementation}; auto takes the GPU's kernels)")  # fmt: skip
     if synchronous := result["synchronous_exchanges"]:
         used = result["bytes_per_gpu"]["total"] / result["capacity_bytes"]
-        notes.append(f"{synchronous} dispatches and combines of a step are synchronous; {used:.0%} of the memory is in use, "
-                     "and near its end XLA gives up overlap before a program stops fitting")  # fmt: skip
+        reason = "XLA gives up overlap near the memory's end, before a program stops fitting"
+        notes.append(f"{synchronous} dispatches and combines of a step are synchronous"
+                     + (f"; {used:.0%} of the memory is in use, and {reason}" if used > _NEARLY_FULL else ""))  # fmt: skip
     return notes
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from moe_ep.config import AttentionConfig
 from moe_ep.kernels.mla_decode import mla_decode
-from moe_ep.mesh import GPU
+from moe_ep.mesh import GPU, has_gpu
 from moe_ep.model.kv_cache import Lengths, Pages, read, write
 from moe_ep.model.norm import RMSNorm, rotate
 from moe_ep.model.parameter import matrix, whole
@@ -176,13 +176,30 @@ def attend_xla(queries: Queries, keys: Queries, values: Values, scale: float) ->
 
 
 def attend_cudnn(queries: Queries, keys: Queries, values: Values, scale: float) -> Values:
-    """Causal attention fused by cuDNN; values narrower than keys are padded, as cuDNN wants one size."""
-    missing = keys.shape[-1] - values.shape[-1]
-    padded = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    """Causal attention fused by cuDNN."""
     attended = jax.nn.dot_product_attention(
-        queries, keys, padded, scale=scale, is_causal=True, implementation="cudnn"
+        *_of_one_width(queries, keys, values), scale=scale, is_causal=True, implementation="cudnn"
     )
     return attended[..., : values.shape[-1]]
+
+
+def cudnn_refusal(config: AttentionConfig) -> str:
+    """Returns why cuDNN's attention does not take heads of these sizes, "" if it does."""
+    width = _cudnn_width(config.query_dim, config.value_dim)
+    # What jax allows: it looks for a GPU to ask, though one may only be compiled for.
+    widest = 256 if has_gpu() else 128
+    where = "" if has_gpu() else " where there is no GPU"
+    return "" if width <= widest else f"heads of at most {widest} values{where}, not {width}"
+
+
+def _of_one_width(queries: Array, keys: Array, values: Array) -> list[Array]:
+    """Pads heads with zeros, which change no product: cuDNN wants one size."""
+    width = _cudnn_width(keys.shape[-1], values.shape[-1])
+    return [jnp.pad(heads, ((0, 0),) * 3 + ((0, width - heads.shape[-1]),)) for heads in (queries, keys, values)]
+
+
+def _cudnn_width(query_dim: int, value_dim: int) -> int:
+    return -(-max(query_dim, value_dim) // 8) * 8
 
 
 def attend_masked_xla(
@@ -198,10 +215,8 @@ def attend_masked_cudnn(
     queries: Queries, keys: KeysOfCache, values: ValuesOfCache, scale: float, allowed: Bool[Array, "#b s S"]
 ) -> Values:
     """Attention of each query to the keys it is allowed, fused by cuDNN."""
-    missing = keys.shape[-1] - values.shape[-1]
-    padded = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, missing)))
     attended = jax.nn.dot_product_attention(
-        queries, keys, padded, mask=allowed[:, None], scale=scale, implementation="cudnn"
+        *_of_one_width(queries, keys, values), mask=allowed[:, None], scale=scale, implementation="cudnn"
     )
     return attended[..., : values.shape[-1]]
 

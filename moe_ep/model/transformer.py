@@ -9,11 +9,12 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float32, Int32
 
-from moe_ep.config import DispatchConfig, ModelConfig
+from moe_ep.config import DispatchConfig, ModelConfig, require
 from moe_ep.dispatch.exchange import CROSSED
 from moe_ep.model.block import AttentionHalf, DenseBlock, MoEBlock
 from moe_ep.model.decode import decode_blocks, extend_blocks, prefill_blocks
 from moe_ep.model.kv_cache import LatentCache, Lengths, Pages, own_pages
+from moe_ep.model.mla import cudnn_refusal
 from moe_ep.model.moe import MoEReport
 from moe_ep.model.norm import RMSNorm
 from moe_ep.model.parameter import matrix, stack
@@ -249,9 +250,20 @@ def for_platform(config: ModelConfig, platform: str) -> ModelConfig:
     Args:
       config: of the model.
       platform: "cpu" or "gpu", of the mesh's devices (which need not be here).
+
+    Raises:
+      ConfigError: cuDNN is asked for what it does not take.
     """
-    if config.attention.implementation != "auto":
+    refusal = _cudnn_refusal(config, platform)
+    chosen = config.attention.implementation
+    require(chosen != "cudnn" or not refusal, "model.attention.implementation", chosen, f"auto or xla: cuDNN takes {refusal}")
+    if chosen != "auto":
         return config
-    fused = platform == "gpu" and config.dtype == "bfloat16"
-    attention = dataclasses.replace(config.attention, implementation="cudnn" if fused else "xla")
+    attention = dataclasses.replace(config.attention, implementation="xla" if refusal else "cudnn")
     return dataclasses.replace(config, attention=attention)
+
+
+def _cudnn_refusal(config: ModelConfig, platform: str) -> str:
+    if platform != "gpu":
+        return "GPUs"
+    return cudnn_refusal(config.attention) if config.dtype == "bfloat16" else "bfloat16"
