@@ -1,0 +1,86 @@
+"""What the tensor cores do at most where power holds a Hopper GPU back: a large product's inner loop, all else left out.
+
+Two consumers multiply as `grouped_matmul` does, 64 x 256 by wgmma, on a few stages of
+operands that stay in shared memory. No loads and no stores are left, so the rate is
+what any schedule of these instructions could reach on this device, warm, on such data.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_ep.kernels import device
+from moe_ep.kernels.grouped_matmul import mosaic_parts as parts
+from moe_ep.kernels.grouped_matmul.mosaic_parts import DEPTH, Tiling
+
+
+def resident_products(x: jax.Array, w: jax.Array, *, depth: int, tiles: int) -> jax.Array:
+    """Multiplies the same stages again and again, on every multiprocessor, and stores the last tile.
+
+    Args:
+      x: [stages, 128, DEPTH] and
+      w: [stages, DEPTH, columns]: the operands, which differ from stage to stage so that bits toggle as in a product.
+      depth: of the contraction; each tile starts from zero and takes the stages in turn.
+      tiles: that each multiprocessor computes.
+    Returns:
+      [multiprocessors, 128, columns], all equal: sum over depth / DEPTH steps of x[step % stages] @ w[step % stages].
+    """
+    tiling = Tiling(columns=w.shape[2], stages=x.shape[0])
+    ctas = device.multiprocessors()
+    scratch = {
+        "x_stages": parts.swizzled(x.shape, x.dtype),
+        "w_stages": parts.swizzled(w.shape, w.dtype),
+        "slots": parts.store_slots(tiling, x.dtype),
+        "full": plgpu.Barrier(num_arrivals=2),
+    }
+    body = functools.partial(_body, tiling, depth // DEPTH, tiles)
+    out_type = jax.ShapeDtypeStruct((ctas, tiling.rows, tiling.columns), x.dtype)
+    return parts.launch(body, "resident_products", out_type, scratch, tiling, ctas)(x, w)
+
+
+def resident_flops(depth: int, tiles: int, columns: int = 256) -> float:
+    """Returns the FLOPs of one call of `resident_products`."""
+    return 2.0 * device.multiprocessors() * tiles * Tiling().rows * columns * depth
+
+
+def tiles_of(flops: float, depth: int, columns: int = 256) -> int:
+    """Returns the tiles a multiprocessor computes in a product of so many FLOPs."""
+    return math.ceil(flops / resident_flops(depth, 1, columns))
+
+
+def _body(tiling: Tiling, steps: int, tiles: int, x, w, out, *, x_stages, w_stages, slots, full):
+    def produce():
+        plgpu.copy_gmem_to_smem(x, x_stages, full)
+        plgpu.copy_gmem_to_smem(w, w_stages, full)
+
+    def consume(warpgroup):
+        own_rows = pl.ds(warpgroup * 64, 64)
+        plgpu.barrier_wait(full)
+
+        def compute_tile(tile, _):
+            def accumulate(accumulator):
+                def multiply(step, _):
+                    stage = lax.rem(step, jnp.int32(tiling.stages))
+                    plgpu.wgmma(accumulator, x_stages.at[stage, own_rows], w_stages.at[stage])
+                    plgpu.wgmma_wait(1)
+
+                lax.fori_loop(0, steps, multiply, None)
+                plgpu.wgmma_wait(0)
+                value = accumulator[...]
+
+                @pl.when(tile == tiles - 1)
+                def _():
+                    block = out.at[lax.axis_index(parts.MULTIPROCESSOR), own_rows]
+                    parts.store_chunks([value], [block], (), (), lambda values, _: values, slots.at[warpgroup])
+
+            pl.run_scoped(accumulate, plgpu.ACC((64, tiling.columns), jnp.float32))
+
+        lax.fori_loop(0, tiles, compute_tile, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    parts.split_roles(tiling, produce, consume)
