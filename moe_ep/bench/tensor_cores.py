@@ -76,7 +76,7 @@ def _body(tiling: Tiling, steps: int, tiles: int, x, w, out, *, x_stages, w_stag
                 @pl.when(tile == tiles - 1)
                 def _():
                     block = out.at[lax.axis_index(parts.MULTIPROCESSOR), own_rows]
-                    parts.store_chunks([value], [block], (), (), lambda values, _: values, slots.at[warpgroup])
+                    parts.store_chunks([value], [block], parts.no_sides, lambda values, _: values, slots.at[warpgroup])
 
             pl.run_scoped(accumulate, plgpu.ACC((64, tiling.columns), jnp.float32))
 

@@ -7,7 +7,6 @@ are in their epilogue.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -22,7 +21,6 @@ DEPTH = 64  # of the contraction per stage: one 128-byte swizzle of 2-byte value
 CHUNK = 64  # rows and columns of one epilogue store
 STORE_SLOTS = 2
 _SHARED_BYTES = 232448 - 1024  # of a Hopper CTA, less what barriers take
-_NO_INDEX = ((),) if jax.__version_info__ < (0, 11) else ()  # jax 0.10 insists on an index to load
 _PRODUCER_REGISTERS = 40
 _CONSUMER_REGISTERS = 232  # two consumers and a producer: (2 x 232 + 40) x 128 <= 65536
 
@@ -155,42 +153,39 @@ def for_own_tiles(tiles, body: Callable):
     return lax.fori_loop(0, count, lambda index, step: body(own + index * ctas, step), jnp.int32(0))
 
 
-def load_sides(sides: Sequence, chunk: int) -> tuple[jax.Array, ...]:
-    """Returns columns [64, CHUNK] of what an epilogue reads, in the accumulators' layout.
-
-    They come straight into registers, all shared memory being in the ring. The loads
-    are asynchronous until used, so they are issued one chunk ahead.
-    """
-    columns = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-    load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA, optimized=False)
-    return tuple(load(side.at[:, columns], *_NO_INDEX) for side in sides)
+def take_stage(read: Callable, step, full, empty, stages: int) -> jax.Array:
+    """Returns `read(slot)`, in registers, of the stage that holds this step of the ring, and hands the stage back."""
+    slot = lax.rem(step, jnp.int32(stages))
+    plgpu.barrier_wait(full.at[slot])
+    value = read(slot)
+    plgpu.barrier_arrive(empty.at[slot])
+    return value
 
 
-def store_chunks(
-    accumulators: Sequence[jax.Array], outputs: Sequence, sides: Sequence, first_sides: tuple, epilogue: Callable, slots
-):
+def store_chunks(accumulators: Sequence[jax.Array], outputs: Sequence, read_sides: Callable, epilogue: Callable, slots):
     """Stores `epilogue(accumulator chunks, side chunks)` to the outputs, one chunk after another.
 
     Args:
       accumulators: float32 [64, columns] values of this consumer.
       outputs: device-memory references [64, columns] to store to.
-      sides: device-memory references [64, columns] the epilogue reads.
-      first_sides: `load_sides` of chunk 0.
+      read_sides: index of a chunk -> float32 [64, CHUNK] values the epilogue takes beside the accumulators.
       epilogue: chunks -> one float32 chunk per output.
       slots: this consumer's shared memory [STORE_SLOTS, CHUNK, CHUNK].
     """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    chunks = accumulators[0].shape[1] // CHUNK
-    stored, read = 0, first_sides
-    for chunk in range(chunks):
-        next_read = load_sides(sides, chunk + 1) if chunk + 1 < chunks else ()
+    stored = 0
+    for chunk in range(accumulators[0].shape[1] // CHUNK):
         columns = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-        widened = tuple(side.astype(jnp.float32) for side in read)
-        values = epilogue(tuple(value[:, columns] for value in accumulators), widened)
+        values = epilogue(tuple(value[:, columns] for value in accumulators), read_sides(chunk))
         for output, value in zip(outputs, values, strict=True):
             _store_chunk(value, output.at[:, columns], slots.at[stored % STORE_SLOTS])
             stored += 1
-        read = next_read
+
+
+def no_sides(chunk: int) -> tuple:
+    """The `read_sides` of an epilogue that takes the accumulators alone."""
+    del chunk
+    return ()
 
 
 def _store_chunk(chunk, output, slot):

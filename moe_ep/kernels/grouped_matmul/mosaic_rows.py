@@ -20,7 +20,7 @@ from moe_ep.kernels import device
 from moe_ep.kernels.grouped_matmul import mosaic_parts as parts
 from moe_ep.kernels.grouped_matmul import varying
 from moe_ep.kernels.grouped_matmul.groups import RowGroups
-from moe_ep.kernels.grouped_matmul.mosaic_parts import DEPTH, Tiling
+from moe_ep.kernels.grouped_matmul.mosaic_parts import CHUNK, DEPTH, Tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +85,19 @@ def _multiply(product, accumulators, x_ring, own_rows, w_rings, slot):
         plgpu.wgmma(accumulator, x_ring.at[slot, own_rows], w)
 
 
+def _load_side(side, chunk, x_ring, copies, _, slot, barrier):
+    """Loads a chunk of a side input in the place of rows, by as many copies as a step of the contraction makes."""
+    rows = x_ring.shape[1] // copies
+    for part in range(copies):
+        part_rows = pl.ds(part * rows, rows)
+        plgpu.copy_gmem_to_smem(side.at[part_rows, pl.ds(chunk * CHUNK, CHUNK)], x_ring.at[slot, part_rows], barrier)
+
+
 def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, x_ring, w_rings, slots, full, empty):
     tile_group, valid_tiles, *refs = refs
     xs, ws, sides, outputs = _by_role(product, refs)
     width = tiling.columns // product.accumulators
+    copies = 1 + product.accumulators  # a stage
     steps_per_pass = depth // DEPTH
     steps = steps_per_pass * product.passes
     rows_per_layout_tile = xs[0].shape[0] // tile_group.shape[0]
@@ -116,6 +125,9 @@ def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, 
             for index in range(product.passes):
                 load = functools.partial(load_pass, index, group, row_slice, column_slice)
                 step = parts.fill_ring(load, steps_per_pass, step, full, empty, tiling.stages)
+            for chunk, side in itertools.product(range(width // CHUNK), sides):
+                load = functools.partial(_load_side, side.at[row_slice, column_slice], chunk, x_ring, copies)
+                step = parts.fill_ring(load, 1, step, full, empty, tiling.stages)
             return step
 
         next_step = parts.for_own_tiles(row_tiles * column_tiles, load_tile)
@@ -130,14 +142,21 @@ def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, 
 
             def accumulate(*accumulators):
                 run = functools.partial(_multiply, product, accumulators, x_ring, own_rows, w_rings)
-                stores, reads = ([ref.at[row_slice, column_slice] for ref in refs] for refs in (outputs, sides))
-                first_reads = parts.load_sides(reads, 0)
-                parts.drain_ring(run, product.accumulators, steps, step, full, empty, tiling.stages)
+                side_step = parts.drain_ring(run, product.accumulators, steps, step, full, empty, tiling.stages)
+
+                def read_side(index):
+                    read = lambda slot: x_ring[slot, own_rows].astype(jnp.float32)  # noqa: E731
+                    return parts.take_stage(read, side_step + index, full, empty, tiling.stages)
+
+                def read_sides(chunk):
+                    return tuple(read_side(chunk * product.sides + side) for side in range(product.sides))
+
+                stores = [output.at[row_slice, column_slice] for output in outputs]
                 values = [accumulator[...] for accumulator in accumulators]
-                parts.store_chunks(values, stores, reads, first_reads, product.epilogue, slots.at[warpgroup])
+                parts.store_chunks(values, stores, read_sides, product.epilogue, slots.at[warpgroup])
 
             pl.run_scoped(accumulate, *[plgpu.ACC((64, width), jnp.float32)] * product.accumulators)
-            return step + steps
+            return step + steps + product.sides * (width // CHUNK)
 
         parts.for_own_tiles(row_tiles * column_tiles, compute_tile)
         plgpu.wait_smem_to_gmem(0)

@@ -83,7 +83,7 @@ def _body(tiling: Tiling, first_steps, step_counts, x, dy, out, *, x_ring, dy_ri
 
                 parts.drain_ring(multiply, 1, step_counts[group], ring_step, full, empty, tiling.stages)
                 block = out.at[group, row_slice, column_slice]
-                parts.store_chunks([accumulator[...]], [block], (), (), lambda values, _: values, slots.at[warpgroup])
+                parts.store_chunks([accumulator[...]], [block], parts.no_sides, lambda values, _: values, slots.at[warpgroup])
 
             pl.run_scoped(accumulate, plgpu.ACC((64, tiling.columns), jnp.float32))
             return ring_step + step_counts[group]
