@@ -18,7 +18,7 @@ from moe_ep.bench import torch_rivals
 from moe_ep.bench.timing import Contender
 from moe_ep.dispatch import permute
 from moe_ep.kernels.grouped_matmul import ExpertWeights, RowGroups, expert_mlp, first_rows, grouped_matmul, tiles_needed
-from moe_ep.kernels.grouped_matmul import make_row_groups
+from moe_ep.kernels.grouped_matmul import make_row_groups, one_group
 from moe_ep.kernels import row_gather
 from moe_ep.kernels.mla_decode import mla_decode
 
@@ -123,11 +123,6 @@ def random_weights(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
     return [array * jnp.bfloat16(array.shape[-2] ** -0.5) for array in random_rows(seed, *shapes)]
 
 
-def one_group(rows: int, tile: int) -> RowGroups:
-    tiles = max(1, rows // tile)
-    return RowGroups(jnp.zeros(tiles, jnp.int32), jnp.int32(tiles))
-
-
 def _product32(x, w):
     return jnp.matmul(x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
 
@@ -148,7 +143,7 @@ def _identity(out):
 def _gemm_gelu(sizes, seed, rows):
     (x,) = random_rows(seed, (rows, sizes.width))
     (w,) = random_weights(seed + 1, (sizes.width, sizes.hidden))
-    groups = one_group(rows, sizes.tile)
+    groups = one_group(rows, min(rows, sizes.tile))
     contenders = {
         "ours": jax_contender(lambda x, w, g: grouped_matmul(x, w[None], g, activation="gelu"), x, w, groups),
         "xla": jax_contender(lambda x, w: jax.nn.gelu(x @ w, approximate=True), x, w),
@@ -183,7 +178,7 @@ def _mlp32(x, w_in, w_out):
 
 def _mlp_forward(sizes, seed, rows, goal=Goal("speedup", 1.12, ("xla",)), row="mlp_forward"):
     x, w_in, w_out = _mlp_arrays(sizes, seed, rows)
-    groups = one_group(rows, sizes.tile)
+    groups = one_group(rows, min(rows, sizes.tile))
     contenders = {
         "ours": jax_contender(_our_mlp, x, w_in, w_out, groups),
         "xla": jax_contender(_xla_mlp, x, w_in, w_out),
@@ -204,7 +199,7 @@ def _mlp_forward_backward(sizes, seed):
     rows = sizes.mlp_rows
     x, w_in, w_out = _mlp_arrays(sizes, seed, rows)
     (d_out,) = random_rows(seed + 2, (rows, sizes.width))
-    groups = one_group(rows, sizes.tile)
+    groups = one_group(rows, min(rows, sizes.tile))
 
     def ours(x, w_in, w_out, d_out, groups):
         out, pull_back = jax.vjp(lambda *operands: _our_mlp(*operands, groups), x, w_in, w_out)

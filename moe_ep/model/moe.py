@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from moe_ep.config import Activation, DispatchConfig, MoEConfig
 from moe_ep.dispatch import DispatchCounts, Exchange, count_experts, exchange_rows, make_exchange
-from moe_ep.kernels.grouped_matmul import ExpertWeights, RowGroups, expert_mlp
+from moe_ep.kernels.grouped_matmul import ExpertWeights, RowGroups, expert_mlp, one_group
 from moe_ep.mesh import EXPERT
 from moe_ep.model.parameter import matrix
 from moe_ep.model.router import Router, Routing
@@ -50,7 +50,7 @@ class DenseMLP(nnx.Module):
         gate = self.w_gate[...].astype(self.dtype)[None] if self.activation == "silu_gated" else None
         weights = ExpertWeights(self.w_in[...].astype(self.dtype)[None], self.w_out[...].astype(self.dtype)[None], gate)
         rows = x.reshape(-1, x.shape[-1])
-        groups = RowGroups(jnp.zeros(1, jnp.int32), jnp.int32(1))  # one expert with all rows
+        groups = one_group(rows.shape[0], tile=rows.shape[0])
         return expert_mlp(rows, weights, groups, activation=self.activation).reshape(x.shape)
 
 

@@ -226,6 +226,8 @@ def test_row_groups_place_every_row_in_its_groups_own_tiles(sizes, tile):
     expected = [group for group, size in enumerate(sizes) for _ in range(-(-size // tile))]
     assert int(groups.valid_tiles) == len(expected) <= max(tiles, 1)
     assert list(np.asarray(groups.tile_group)[: len(expected)]) == expected
+    rows = [min(tile, size - first) for size in sizes for first in range(0, size, tile)]
+    assert list(np.asarray(groups.tile_rows)) == rows + [0] * (max(tiles, 1) - len(rows))
     starts = np.cumsum([0] + [-(-size // tile) * tile for size in sizes])[:-1]
     np.testing.assert_array_equal(gm.first_rows(jnp.array(sizes, jnp.int32), tile), starts)
 

@@ -27,7 +27,7 @@ needs_cuda_plugin = pytest.mark.skipif(
 )
 
 ROWS, WIDTH, HIDDEN = 512, 128, 256
-SIZES = {"unequal_and_empty": (100, 0, 130), "one_row_groups": (1, 1, 1), "all_in_one_group": (0, 0, 250)}
+SIZES = {"unequal_and_empty": (100, 0, 130), "half_tiles": (30, 0, 140), "one_row_groups": (1, 1, 1), "all_in_one_group": (0, 0, 250)}
 
 
 @pytest.fixture
@@ -101,6 +101,21 @@ def test_weight_gradient_interpreted(interpreted, sizes, tile):
     operands.assert_same("weight_gradient", operands.rows, operands.products[0], operands.groups, 3)
 
 
+@needs_new_interpreter
+def test_half_tiles_of_pad_rows_are_not_multiplied(interpreted):
+    operands = Operands(SIZES["half_tiles"], "gelu")
+    has_data = np.repeat(operands.occupied.reshape(-1, 64).any(axis=1), 64)[:, None]
+    poison = lambda rows: jnp.where(has_data, rows, jnp.full((), jnp.nan, rows.dtype))  # noqa: E731
+    rows, d_product = poison(operands.rows), poison(operands.products[0])
+    tiling = Tiling(columns=128, stages=2, raster_width=2)
+    hidden = jax.jit(mosaic.hidden, static_argnums=(3, 4))(rows, operands.first, operands.groups, "gelu", tiling)
+    expected = jax.jit(tiled.STEPS.hidden, static_argnums=3)(operands.rows, operands.first, operands.groups, "gelu")
+    np.testing.assert_allclose(*(np.asarray(out[operands.valid], np.float32) for out in (hidden, expected)), rtol=0.02, atol=0.02)
+    gradient = jax.jit(mosaic.weight_gradient, static_argnums=(3, 4))(rows, d_product, operands.groups, 3, tiling)
+    expected = jax.jit(tiled.STEPS.weight_gradient, static_argnums=3)(operands.rows, operands.products[0], operands.groups, 3)
+    np.testing.assert_allclose(*(np.asarray(out, np.float32) for out in (gradient, expected)), rtol=0.02, atol=0.2)
+
+
 def mlp_gradients(rows, weights, groups, activation, implementation):
     """Gradients of the sum of the MLP's output: every kernel of the forward and backward pass."""
 
@@ -114,7 +129,8 @@ def abstract_mlp(groups, rows, width, hidden, gated, sharding=None):
     """Shapes of an MLP's operands in tiles of 128 rows."""
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     first, out = shape((groups, width, hidden), jnp.bfloat16), shape((groups, hidden, width), jnp.bfloat16)
-    layout = gm.RowGroups(shape((rows // 128,), jnp.int32), shape((), jnp.int32))
+    tiles = shape((rows // 128,), jnp.int32)
+    layout = gm.RowGroups(tiles, shape((), jnp.int32), tiles)
     return shape((rows, width), jnp.bfloat16), gm.ExpertWeights(first, out, first if gated else None), layout
 
 
@@ -141,7 +157,8 @@ def operands_of(problem: table.Problem):
     """The abstract operands of a problem's step."""
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)  # noqa: E731
     tile = 64 if problem.rows <= 64 * problem.groups else 128
-    layout = gm.RowGroups(jax.ShapeDtypeStruct((problem.rows // tile,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32))
+    tiles = jax.ShapeDtypeStruct((problem.rows // tile,), jnp.int32)
+    layout = gm.RowGroups(tiles, jax.ShapeDtypeStruct((), jnp.int32), tiles)
     rows, output = shape(problem.rows, problem.depth), shape(problem.rows, problem.columns)
     w, w_transposed = shape(problem.groups, problem.depth, problem.columns), shape(problem.groups, problem.columns, problem.depth)
     activation = {1: "gelu", 2: "silu_gated"}[problem.inputs]
@@ -203,7 +220,7 @@ def test_the_nearest_entry_is_of_the_same_step_and_kind(tmp_path, monkeypatch):
 def test_the_choice_follows_the_device_and_what_the_kernels_take(monkeypatch, kind, dtype, tile, groups, chosen):
     monkeypatch.setattr(device, "device_kind", lambda: kind)
     rows = jax.ShapeDtypeStruct((512, 256), jnp.dtype(dtype))
-    layout = gm.RowGroups(jax.ShapeDtypeStruct((512 // tile,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32))
+    layout = jax.eval_shape(lambda: gm.one_group(512, tile))
     assert choice.choose(rows, layout, (groups, 256, 256)) == chosen
 
 

@@ -10,10 +10,12 @@ _TYPES = ("float32", "bfloat16", "float16")
 def check_groups(rows, groups):
     """Raises ValueError where `groups` does not describe [R, ...] rows."""
     _check_rank("rows", rows, 2)
-    tile_group, valid_tiles = groups
+    tile_group, valid_tiles, tile_rows = groups
     if tile_group.ndim != 1 or valid_tiles.ndim != 0:
         raise ValueError(f"groups have tile_group {tile_group.shape} and valid_tiles {valid_tiles.shape}, not [tiles] and []")
-    for name, value in (("tile_group", tile_group), ("valid_tiles", valid_tiles)):
+    if tile_rows.shape != tile_group.shape:
+        raise ValueError(f"groups have tile_group {tile_group.shape} and tile_rows {tile_rows.shape}, not the same shape")
+    for name, value in groups._asdict().items():
         if value.dtype != jnp.int32:
             raise ValueError(f"{name} has type {value.dtype}, not int32")
     tiles = tile_group.shape[0]

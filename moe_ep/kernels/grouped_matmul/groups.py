@@ -21,10 +21,14 @@ class RowGroups(NamedTuple):
     tile_group: the group of every tile, ascending over the valid tiles.
     valid_tiles: tiles at this index and after it are skipped; what a product holds
         there is unspecified and must not be read.
+    tile_rows: the rows at the front of every tile that carry data; fewer than a tile
+        in the last one of a group alone. The others are pad rows: zero, so that a
+        kernel may leave them out of its products.
     """
 
     tile_group: Int32[jax.Array, "tiles"]
     valid_tiles: Count
+    tile_rows: Int32[jax.Array, "tiles"]
 
 
 def make_row_groups(group_sizes: Int32[jax.Array, "G"], tile: int, tiles: int) -> RowGroups:
@@ -33,12 +37,22 @@ def make_row_groups(group_sizes: Int32[jax.Array, "G"], tile: int, tiles: int) -
     The caller makes the buffer large enough (`tiles_needed`): groups past its end
     are not represented.
     """
-    ends = jnp.cumsum(_tiles_of(group_sizes, tile))
+    tile_counts = _tiles_of(group_sizes, tile)
+    ends = jnp.cumsum(tile_counts)
     indices = jnp.arange(tiles, dtype=jnp.int32)
     # Comparing with every end counts the groups that are over; the last group also
     # takes the tiles past the valid ones, so that the map always names a group.
     over = jnp.sum(indices[:, None] >= ends[None, :-1], axis=1, dtype=jnp.int32)
-    return RowGroups(tile_group=over, valid_tiles=jnp.minimum(ends[-1], tiles).astype(jnp.int32))
+    # Of each group, where its first row lies from a tile's first on: the rows within the tile are added up.
+    first = ((ends - tile_counts)[None, :] - indices[:, None]) * tile
+    rows = jnp.clip(first + group_sizes[None, :], 0, tile) - jnp.clip(first, 0, tile)
+    return RowGroups(tile_group=over, valid_tiles=jnp.minimum(ends[-1], tiles).astype(jnp.int32), tile_rows=jnp.sum(rows, axis=1, dtype=jnp.int32))
+
+
+def one_group(rows: int, tile: int) -> RowGroups:
+    """Returns the layout of one group of `rows` rows, all of them data."""
+    tiles = rows // tile
+    return RowGroups(jnp.zeros(tiles, jnp.int32), jnp.int32(tiles), jnp.full(tiles, tile, jnp.int32))
 
 
 def first_rows(group_sizes: Int32[jax.Array, "G"], tile: int) -> Int32[jax.Array, "G"]:

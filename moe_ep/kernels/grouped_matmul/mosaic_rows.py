@@ -58,7 +58,7 @@ def row_product(
     ctas = min(tiles, device.multiprocessors())
     kernel = parts.launch(body, product.name, out_types, _scratch(product, tiling, xs[0].dtype), tiling, ctas)
     # A kernel's outputs do not say over which mesh axes they vary: as its operands do.
-    return varying.match(tuple(kernel(groups.tile_group, groups.valid_tiles[None], *xs, *ws, *sides)), xs, ws)
+    return varying.match(tuple(kernel(groups.tile_group, groups.tile_rows, groups.valid_tiles[None], *xs, *ws, *sides)), xs, ws)
 
 
 def _scratch(product, tiling, dtype):
@@ -94,7 +94,7 @@ def _load_side(side, chunk, x_ring, copies, _, slot, barrier):
 
 
 def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, x_ring, w_rings, slots, full, empty):
-    tile_group, valid_tiles, *refs = refs
+    tile_group, tile_rows, valid_tiles, *refs = refs
     xs, ws, sides, outputs = _by_role(product, refs)
     width = tiling.columns // product.accumulators
     copies = 1 + product.accumulators  # a stage
@@ -139,10 +139,15 @@ def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, 
         def compute_tile(tile, step):
             row_tile, column_slice = position(tile)
             row_slice = pl.ds(row_tile * tiling.rows + warpgroup * 64, 64)
+            layout_tile = lax.div(row_tile, jnp.int32(row_tiles_per_layout_tile))
+            own_first = (row_tile - layout_tile * row_tiles_per_layout_tile) * tiling.rows + warpgroup * 64
+            # Of pad rows alone the product is zero, and the tensor cores are the other consumer's.
+            own_steps = jnp.where(own_first < tile_rows[layout_tile], steps, 0)
 
             def accumulate(*accumulators):
                 run = functools.partial(_multiply, product, accumulators, x_ring, own_rows, w_rings)
-                side_step = parts.drain_ring(run, product.accumulators, steps, step, full, empty, tiling.stages)
+                side_step = parts.drain_ring(run, product.accumulators, own_steps, step, full, empty, tiling.stages)
+                side_step = parts.pass_stages(steps - own_steps, side_step, full, empty, tiling.stages)
 
                 def read_side(index):
                     read = lambda slot: x_ring[slot, own_rows].astype(jnp.float32)  # noqa: E731

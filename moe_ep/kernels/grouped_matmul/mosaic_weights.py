@@ -32,13 +32,15 @@ def weight_gradient(x: jax.Array, dy: jax.Array, groups: RowGroups, group_count:
 
 
 def _steps_of_groups(groups, group_count, rows):
-    """Returns the first step of each group, DEPTH rows each, and how many steps it has."""
+    """Returns the first step of each group, DEPTH rows each, and how many steps it has: none of pad rows alone."""
     tiles = groups.tile_group.shape[0]
     steps_per_tile = rows // tiles // DEPTH
     valid = jnp.arange(tiles, dtype=jnp.int32) < groups.valid_tiles
     members = valid[:, None] & (groups.tile_group[:, None] == jnp.arange(group_count, dtype=jnp.int32)[None, :])
-    steps = steps_per_tile * jnp.sum(members, axis=0, dtype=jnp.int32)
-    return jnp.cumsum(steps) - steps, steps
+    group_tiles = jnp.sum(members, axis=0, dtype=jnp.int32)
+    steps_of_tile = lax.div(groups.tile_rows + (DEPTH - 1), jnp.int32(DEPTH))
+    steps = jnp.sum(jnp.where(members, steps_of_tile[:, None], 0), axis=0, dtype=jnp.int32)
+    return steps_per_tile * (jnp.cumsum(group_tiles) - group_tiles), steps
 
 
 def _body(tiling: Tiling, first_steps, step_counts, x, dy, out, *, x_ring, dy_ring, slots, full, empty):
