@@ -165,11 +165,11 @@ def pass_stages(steps, first_step, full, empty, stages: int):
     return lax.fori_loop(0, steps, hand_back, first_step)
 
 
-def take_stage(read: Callable, step, full, empty, stages: int) -> jax.Array:
-    """Returns `read(slot)`, in registers, of the stage that holds this step of the ring, and hands the stage back."""
+def take_stage(ring, own_rows, step, full, empty, stages: int) -> jax.Array:
+    """Returns a consumer's own rows of the stage that holds this step, widened, in registers, and hands the stage back."""
     slot = lax.rem(step, jnp.int32(stages))
     plgpu.barrier_wait(full.at[slot])
-    value = read(slot)
+    value = ring[slot, own_rows].astype(jnp.float32)
     plgpu.barrier_arrive(empty.at[slot])
     return value
 

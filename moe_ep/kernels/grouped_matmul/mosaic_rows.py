@@ -8,7 +8,8 @@ epilogue works on the float32 accumulators and may read further [R, N] arrays.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def row_product(
     ctas = min(tiles, device.multiprocessors())
     kernel = parts.launch(body, product.name, out_types, _scratch(product, tiling, xs[0].dtype), tiling, ctas)
     # A kernel's outputs do not say over which mesh axes they vary: as its operands do.
-    return varying.match(tuple(kernel(groups.tile_group, groups.tile_rows, groups.valid_tiles[None], *xs, *ws, *sides)), xs, ws)
+    return varying.match(tuple(kernel(groups.tile_group, groups.valid_tiles[None], groups.tile_rows, *xs, *ws, *sides)), xs, ws)
 
 
 def _scratch(product, tiling, dtype):
@@ -72,11 +73,53 @@ def _scratch(product, tiling, dtype):
     }
 
 
-def _by_role(product, refs):
-    """Returns the references of rows, weights, side inputs and outputs, in which order a kernel takes them."""
+class _Operands(NamedTuple):
+    """References in device memory, by role."""
+
+    xs: Sequence
+    ws: Sequence
+    sides: Sequence
+    outputs: Sequence
+
+
+def _by_role(product, refs) -> _Operands:
     sizes = (product.passes, product.passes * product.accumulators, product.sides)
     first, second, third = itertools.accumulate(sizes)
-    return refs[:first], refs[first:second], refs[second:third], refs[third:]
+    return _Operands(refs[:first], refs[first:second], refs[second:third], refs[third:])
+
+
+class _Place(NamedTuple):
+    """Where an output tile lies: its rows and columns, the layout tile it is of and how many rows of that stand before it."""
+
+    rows: Any
+    columns: Any
+    layout_tile: Any
+    rows_before: Any
+
+
+def _place(tile, tiles, tiling, width, row_tiles_per_layout_tile) -> _Place:
+    row_tile, column_tile = plgpu.planar_snake(tile, tiles, 1, tiling.raster_width)
+    layout_tile = lax.div(row_tile, jnp.int32(row_tiles_per_layout_tile))
+    row_tiles_before = row_tile - layout_tile * row_tiles_per_layout_tile
+    columns = pl.ds(column_tile * width, width)
+    return _Place(pl.ds(row_tile * tiling.rows, tiling.rows), columns, layout_tile, row_tiles_before * tiling.rows)
+
+
+def _load_step(product, operands, index, group, place, x_ring, w_rings, step, slot, barrier):
+    contraction = pl.ds(step * DEPTH, DEPTH)
+    plgpu.copy_gmem_to_smem(operands.xs[index].at[place.rows, contraction], x_ring.at[slot], barrier)
+    for accumulator, ring in enumerate(w_rings):
+        w = operands.ws[index * product.accumulators + accumulator].at[group]
+        block = w.at[place.columns, contraction] if product.transposed else w.at[contraction, place.columns]
+        plgpu.copy_gmem_to_smem(block, ring.at[slot], barrier)
+
+
+def _load_side(side, chunk, copies, x_ring, _, slot, barrier):
+    """Loads a chunk of a side input in the place of rows, by as many copies as a step of the contraction makes."""
+    rows = x_ring.shape[1] // copies
+    for part in range(copies):
+        part_rows = pl.ds(part * rows, rows)
+        plgpu.copy_gmem_to_smem(side.at[part_rows, pl.ds(chunk * CHUNK, CHUNK)], x_ring.at[slot, part_rows], barrier)
 
 
 def _multiply(product, accumulators, x_ring, own_rows, w_rings, slot):
@@ -85,49 +128,30 @@ def _multiply(product, accumulators, x_ring, own_rows, w_rings, slot):
         plgpu.wgmma(accumulator, x_ring.at[slot, own_rows], w)
 
 
-def _load_side(side, chunk, x_ring, copies, _, slot, barrier):
-    """Loads a chunk of a side input in the place of rows, by as many copies as a step of the contraction makes."""
-    rows = x_ring.shape[1] // copies
-    for part in range(copies):
-        part_rows = pl.ds(part * rows, rows)
-        plgpu.copy_gmem_to_smem(side.at[part_rows, pl.ds(chunk * CHUNK, CHUNK)], x_ring.at[slot, part_rows], barrier)
-
-
 def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, x_ring, w_rings, slots, full, empty):
-    tile_group, tile_rows, valid_tiles, *refs = refs
-    xs, ws, sides, outputs = _by_role(product, refs)
+    tile_group, valid_tiles, tile_rows, *refs = refs
+    operands = _by_role(product, refs)
     width = tiling.columns // product.accumulators
-    copies = 1 + product.accumulators  # a stage
     steps_per_pass = depth // DEPTH
     steps = steps_per_pass * product.passes
-    rows_per_layout_tile = xs[0].shape[0] // tile_group.shape[0]
-    row_tiles_per_layout_tile = rows_per_layout_tile // tiling.rows
-    row_tiles = valid_tiles[0] * row_tiles_per_layout_tile
-    column_tiles = columns // width
+    row_tiles_per_layout_tile = operands.xs[0].shape[0] // tile_group.shape[0] // tiling.rows
+    row_tiles, column_tiles = valid_tiles[0] * row_tiles_per_layout_tile, columns // width
+    ring = {"full": full, "empty": empty, "stages": tiling.stages}
 
-    def position(tile):
-        row_tile, column_tile = plgpu.planar_snake(tile, (row_tiles, column_tiles), 1, tiling.raster_width)
-        return row_tile, pl.ds(column_tile * width, width)
-
-    def load_pass(index, group, row_slice, column_slice, step, slot, barrier):
-        contraction = pl.ds(step * DEPTH, DEPTH)
-        plgpu.copy_gmem_to_smem(xs[index].at[row_slice, contraction], x_ring.at[slot], barrier)
-        for accumulator, ring in enumerate(w_rings):
-            w = ws[index * product.accumulators + accumulator].at[group]
-            block = w.at[column_slice, contraction] if product.transposed else w.at[contraction, column_slice]
-            plgpu.copy_gmem_to_smem(block, ring.at[slot], barrier)
+    def place_of(tile):
+        return _place(tile, (row_tiles, column_tiles), tiling, width, row_tiles_per_layout_tile)
 
     def produce():
         def load_tile(tile, step):
-            row_tile, column_slice = position(tile)
-            group = tile_group[lax.div(row_tile, jnp.int32(row_tiles_per_layout_tile))]
-            row_slice = pl.ds(row_tile * tiling.rows, tiling.rows)
+            place = place_of(tile)
+            group = tile_group[place.layout_tile]
             for index in range(product.passes):
-                load = functools.partial(load_pass, index, group, row_slice, column_slice)
-                step = parts.fill_ring(load, steps_per_pass, step, full, empty, tiling.stages)
-            for chunk, side in itertools.product(range(width // CHUNK), sides):
-                load = functools.partial(_load_side, side.at[row_slice, column_slice], chunk, x_ring, copies)
-                step = parts.fill_ring(load, 1, step, full, empty, tiling.stages)
+                load = functools.partial(_load_step, product, operands, index, group, place, x_ring, w_rings)
+                step = parts.fill_ring(load, steps_per_pass, step, **ring)
+            for chunk, side in itertools.product(range(width // CHUNK), operands.sides):
+                block = side.at[place.rows, place.columns]
+                load = functools.partial(_load_side, block, chunk, 1 + product.accumulators, x_ring)
+                step = parts.fill_ring(load, 1, step, **ring)
             return step
 
         next_step = parts.for_own_tiles(row_tiles * column_tiles, load_tile)
@@ -137,26 +161,20 @@ def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, 
         own_rows = pl.ds(warpgroup * 64, 64)
 
         def compute_tile(tile, step):
-            row_tile, column_slice = position(tile)
-            row_slice = pl.ds(row_tile * tiling.rows + warpgroup * 64, 64)
-            layout_tile = lax.div(row_tile, jnp.int32(row_tiles_per_layout_tile))
-            own_first = (row_tile - layout_tile * row_tiles_per_layout_tile) * tiling.rows + warpgroup * 64
-            # Of pad rows alone the product is zero, and the tensor cores are the other consumer's.
-            own_steps = jnp.where(own_first < tile_rows[layout_tile], steps, 0)
+            place = place_of(tile)
+            stores = [output.at[place.rows, place.columns].at[own_rows] for output in operands.outputs]
+            # Of pad rows alone the product is zero, and the tensor cores are left to the other consumer.
+            own_steps = jnp.where(place.rows_before + warpgroup * 64 < tile_rows[place.layout_tile], steps, 0)
 
             def accumulate(*accumulators):
-                run = functools.partial(_multiply, product, accumulators, x_ring, own_rows, w_rings)
-                side_step = parts.drain_ring(run, product.accumulators, own_steps, step, full, empty, tiling.stages)
-                side_step = parts.pass_stages(steps - own_steps, side_step, full, empty, tiling.stages)
-
-                def read_side(index):
-                    read = lambda slot: x_ring[slot, own_rows].astype(jnp.float32)  # noqa: E731
-                    return parts.take_stage(read, side_step + index, full, empty, tiling.stages)
+                multiply = functools.partial(_multiply, product, accumulators, x_ring, own_rows, w_rings)
+                side_step = parts.drain_ring(multiply, product.accumulators, own_steps, step, **ring)
+                side_step = parts.pass_stages(steps - own_steps, side_step, **ring)
 
                 def read_sides(chunk):
-                    return tuple(read_side(chunk * product.sides + side) for side in range(product.sides))
+                    steps_of_chunk = (side_step + chunk * product.sides + side for side in range(product.sides))
+                    return tuple(parts.take_stage(x_ring, own_rows, own_step, **ring) for own_step in steps_of_chunk)
 
-                stores = [output.at[row_slice, column_slice] for output in outputs]
                 values = [accumulator[...] for accumulator in accumulators]
                 parts.store_chunks(values, stores, read_sides, product.epilogue, slots.at[warpgroup])
 
