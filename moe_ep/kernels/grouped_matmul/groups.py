@@ -23,7 +23,7 @@ class RowGroups(NamedTuple):
         there is unspecified and must not be read.
     tile_rows: the rows at the front of every tile that carry data; fewer than a tile
         in the last one of a group alone. The others are pad rows: zero, so that a
-        kernel may leave them out of its products.
+        sum over rows may leave them out.
     """
 
     tile_group: Int32[jax.Array, "tiles"]

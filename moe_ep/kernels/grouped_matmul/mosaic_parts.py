@@ -153,18 +153,6 @@ def for_own_tiles(tiles, body: Callable):
     return lax.fori_loop(0, count, lambda index, step: body(own + index * ctas, step), jnp.int32(0))
 
 
-def pass_stages(steps, first_step, full, empty, stages: int):
-    """Hands stages back as they fill, unread; returns the ring's next step."""
-
-    def hand_back(_, step):
-        slot = lax.rem(step, jnp.int32(stages))
-        plgpu.barrier_wait(full.at[slot])
-        plgpu.barrier_arrive(empty.at[slot])
-        return step + 1
-
-    return lax.fori_loop(0, steps, hand_back, first_step)
-
-
 def take_stage(ring, own_rows, step, full, empty, stages: int) -> jax.Array:
     """Returns a consumer's own rows of the stage that holds this step, widened, in registers, and hands the stage back."""
     slot = lax.rem(step, jnp.int32(stages))

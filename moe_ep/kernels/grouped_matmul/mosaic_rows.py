@@ -59,7 +59,7 @@ def row_product(
     ctas = min(tiles, device.multiprocessors())
     kernel = parts.launch(body, product.name, out_types, _scratch(product, tiling, xs[0].dtype), tiling, ctas)
     # A kernel's outputs do not say over which mesh axes they vary: as its operands do.
-    return varying.match(tuple(kernel(groups.tile_group, groups.valid_tiles[None], groups.tile_rows, *xs, *ws, *sides)), xs, ws)
+    return varying.match(tuple(kernel(groups.tile_group, groups.valid_tiles[None], *xs, *ws, *sides)), xs, ws)
 
 
 def _scratch(product, tiling, dtype):
@@ -89,20 +89,11 @@ def _by_role(product, refs) -> _Operands:
 
 
 class _Place(NamedTuple):
-    """Where an output tile lies: its rows and columns, the layout tile it is of and how many rows of that stand before it."""
+    """Where an output tile lies: its rows and columns, and the layout tile it is of."""
 
     rows: Any
     columns: Any
     layout_tile: Any
-    rows_before: Any
-
-
-def _place(tile, tiles, tiling, width, row_tiles_per_layout_tile) -> _Place:
-    row_tile, column_tile = plgpu.planar_snake(tile, tiles, 1, tiling.raster_width)
-    layout_tile = lax.div(row_tile, jnp.int32(row_tiles_per_layout_tile))
-    row_tiles_before = row_tile - layout_tile * row_tiles_per_layout_tile
-    columns = pl.ds(column_tile * width, width)
-    return _Place(pl.ds(row_tile * tiling.rows, tiling.rows), columns, layout_tile, row_tiles_before * tiling.rows)
 
 
 def _load_step(product, operands, index, group, place, x_ring, w_rings, step, slot, barrier):
@@ -129,7 +120,7 @@ def _multiply(product, accumulators, x_ring, own_rows, w_rings, slot):
 
 
 def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, x_ring, w_rings, slots, full, empty):
-    tile_group, valid_tiles, tile_rows, *refs = refs
+    tile_group, valid_tiles, *refs = refs
     operands = _by_role(product, refs)
     width = tiling.columns // product.accumulators
     steps_per_pass = depth // DEPTH
@@ -139,7 +130,9 @@ def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, 
     ring = {"full": full, "empty": empty, "stages": tiling.stages}
 
     def place_of(tile):
-        return _place(tile, (row_tiles, column_tiles), tiling, width, row_tiles_per_layout_tile)
+        row_tile, column_tile = plgpu.planar_snake(tile, (row_tiles, column_tiles), 1, tiling.raster_width)
+        layout_tile = lax.div(row_tile, jnp.int32(row_tiles_per_layout_tile))
+        return _Place(pl.ds(row_tile * tiling.rows, tiling.rows), pl.ds(column_tile * width, width), layout_tile)
 
     def produce():
         def load_tile(tile, step):
@@ -163,13 +156,10 @@ def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, 
         def compute_tile(tile, step):
             place = place_of(tile)
             stores = [output.at[place.rows, place.columns].at[own_rows] for output in operands.outputs]
-            # Of pad rows alone the product is zero, and the tensor cores are left to the other consumer.
-            own_steps = jnp.where(place.rows_before + warpgroup * 64 < tile_rows[place.layout_tile], steps, 0)
 
             def accumulate(*accumulators):
                 multiply = functools.partial(_multiply, product, accumulators, x_ring, own_rows, w_rings)
-                side_step = parts.drain_ring(multiply, product.accumulators, own_steps, step, **ring)
-                side_step = parts.pass_stages(steps - own_steps, side_step, **ring)
+                side_step = parts.drain_ring(multiply, product.accumulators, steps, step, **ring)
 
                 def read_sides(chunk):
                     steps_of_chunk = (side_step + chunk * product.sides + side for side in range(product.sides))
