@@ -18,7 +18,7 @@ from absl import flags
 import jax
 
 from moe_ep import results
-from moe_ep.bench import command, energy, kernel_cases, power, report
+from moe_ep.bench import command, energy, kernel_cases, power, report, tensor_cores
 from moe_ep.bench.correctness import poisoned_call, relative_error
 from moe_ep.bench.kernel_cases import Case, Goal
 from moe_ep.bench.timing import Times, measure_in_turns
@@ -99,6 +99,14 @@ def is_met(goal: Goal, achieved: float | None) -> bool | None:
     return achieved <= goal.value if goal.kind == "time" else achieved >= goal.value
 
 
+def share_of_ceiling(record: dict, ceiling: dict) -> float | None:
+    """Returns our rate over that of the tensor cores alone; None where bandwidth is the goal or nothing was measured."""
+    rate = record["contenders"]["ours"].get("flops_per_s")
+    if not rate or not ceiling or record["goal"]["kind"] == "bandwidth":
+        return None
+    return rate / ceiling["flops_per_s"]
+
+
 def _contender_record(case, error, times, joules):
     record = {"error": error}
     if times is not None:
@@ -132,6 +140,7 @@ def as_markdown(result: dict) -> str:
         f"Copy (read + write), the faster being the goals' copy bandwidth: {copies}. Times are medians in ms with "
         "the spread of the quartiles; TF is 1e12 FLOP/s; pJ is the board's energy "
         "by its own counter, each contender alone; error is ||out - float32 reference|| / ||reference||.\n\n",
+        _ceiling_text(result.get("ceiling")),
         "| row | ours | rivals | goal | achieved | met | power, SM clock, samples held back by the power limit |\n",
         "|---|---|---|---|---|---|---|\n",
     ]
@@ -140,10 +149,25 @@ def as_markdown(result: dict) -> str:
         rivals += [f"{name}: {reason}" for name, reason in record["unavailable"].items()]
         achieved = "-" if record["achieved"] is None else f"{record['achieved']:.3f}"
         met = {True: "yes", False: "no", None: "-"}[record["met"]]
-        ours, goal = _cell(record["contenders"]["ours"]), _goal_text(record["goal"])
+        ours, goal = _cell(record["contenders"]["ours"]) + _share(record), _goal_text(record["goal"])
         cells = (record["row"], ours, "; ".join(rivals), goal, achieved, met, _power_cell(record["power"]))
         lines.append(f"| {' | '.join(cells)} |\n")
     return "".join(lines)
+
+
+def _ceiling_text(ceiling) -> str:
+    if not ceiling:
+        return ""
+    return (
+        "Tensor cores alone, on random data that stay in shared memory, warm: "
+        f"{ceiling['flops_per_s'] / 1e12:.0f} TF ±{ceiling['spread']:.1%}{_energy(ceiling)}, {_power_cell(ceiling['power'])}. "
+        "Shares of this ceiling stand beside our rates.\n\n"
+    )
+
+
+def _share(record) -> str:
+    share = record.get("share_of_ceiling")
+    return "" if share is None else f", {share:.0%} of the ceiling"
 
 
 def _power_cell(summary) -> str:
@@ -172,8 +196,9 @@ def main() -> None:
     sampling = (command.SAMPLES.value, command.SAMPLE_SECONDS.value)
     result["copy_bytes_per_s"] = copy_bandwidths(command.SIZES.value, *sampling)
     bandwidth = max(result["copy_bytes_per_s"].values())
-    result["rows"] = []
+    result["ceiling"], result["rows"] = tensor_cores.ceiling(result["seed"]), []
     for record in measure_rows(command.SIZES.value, _ROWS.value, result["seed"], *sampling, bandwidth):
+        record["share_of_ceiling"] = share_of_ceiling(record, result["ceiling"])
         result["rows"].append(record)  # Written after every row, so that a run cut off leaves what it measured.
         paths = results.write(command.OUT.value, report.file_stem("kernels"), result, as_markdown(result))
     print(f"wrote {', '.join(map(str, paths))}" if result["rows"] else "no such rows", file=sys.stderr)

@@ -6,7 +6,6 @@ what any schedule of these instructions could reach on this device, warm, on suc
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_ep.bench import energy, kernel_cases, power
+from moe_ep.bench.correctness import relative_error
+from moe_ep.bench.timing import measure_in_turns
 from moe_ep.kernels import device
 from moe_ep.kernels.grouped_matmul import mosaic_parts as parts
 from moe_ep.kernels.grouped_matmul.mosaic_parts import DEPTH, Tiling
+
+_STAGES = 4
+_DEPTH, _TILES = 7168, 18  # what a multiprocessor computes of 4096 rows of the reference expert's first product
+_WARM_SECONDS = 1.0
+_LARGEST_ERROR = 1e-2
 
 
 def resident_products(x: jax.Array, w: jax.Array, *, depth: int, tiles: int) -> jax.Array:
@@ -43,14 +50,36 @@ def resident_products(x: jax.Array, w: jax.Array, *, depth: int, tiles: int) -> 
     return parts.launch(body, "resident_products", out_type, scratch, tiling, ctas)(x, w)
 
 
-def resident_flops(depth: int, tiles: int, columns: int = 256) -> float:
-    """Returns the FLOPs of one call of `resident_products`."""
-    return 2.0 * device.multiprocessors() * tiles * Tiling().rows * columns * depth
+def ceiling(seed: int) -> dict:
+    """Returns what the first device's tensor cores reach alone, warm; empty where it is no Hopper GPU.
+
+    Keys: flops_per_s; flops, seconds, spread and, where the GPU counts them, joules of a call; error of its result
+    against float32; power as `power.watch` gives it. Takes about three seconds.
+    """
+    if not device.is_hopper(device.device_kind()):
+        return {}
+    x, w = kernel_cases.random_rows(seed, (_STAGES, 128, DEPTH), (_STAGES, DEPTH, 256))
+    contender = kernel_cases.jax_contender(functools.partial(resident_products, depth=_DEPTH, tiles=_TILES), x, w)
+    error = relative_error(contender.launch()[0], expected_block(x, w, _DEPTH))
+    if error > _LARGEST_ERROR:
+        raise RuntimeError(f"products of resident operands differ from float32 by {error:.2g}, more than {_LARGEST_ERROR}")
+    measure_in_turns({"warm up": contender}, samples=2, sample_seconds=_WARM_SECONDS / 2)
+    with power.watch() as watched:
+        times = measure_in_turns({"tensor_cores": contender}, samples=9, sample_seconds=0.1)
+    joules = energy.measure({"joules": contender}, {"joules": times["tensor_cores"]})
+    seconds = times["tensor_cores"].median
+    flops = 2.0 * device.multiprocessors() * _TILES * x.shape[1] * w.shape[2] * _DEPTH
+    return {
+        "flops_per_s": flops / seconds, "seconds": seconds, "spread": times["tensor_cores"].spread, "flops": flops,
+        "error": error, "power": watched, **joules,
+    }  # fmt: skip
 
 
-def tiles_of(flops: float, depth: int, columns: int = 256) -> int:
-    """Returns the tiles a multiprocessor computes in a product of so many FLOPs."""
-    return math.ceil(flops / resident_flops(depth, 1, columns))
+def expected_block(x: jax.Array, w: jax.Array, depth: int) -> jax.Array:
+    """Returns what each multiprocessor's last tile holds, in float32."""
+    turns = [len(range(stage, depth // DEPTH, x.shape[0])) for stage in range(x.shape[0])]
+    by_stage = jnp.einsum("smk,skn->smn", x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
+    return jnp.einsum("s,smn->mn", jnp.array(turns, jnp.float32), by_stage)
 
 
 def _body(tiling: Tiling, steps: int, tiles: int, x, w, out, *, x_stages, w_stages, slots, full):
