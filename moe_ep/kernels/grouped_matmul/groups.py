@@ -46,7 +46,8 @@ def make_row_groups(group_sizes: Int32[jax.Array, "G"], tile: int, tiles: int) -
     # Of each group, where its first row lies from a tile's first on: the rows within the tile are added up.
     first = ((ends - tile_counts)[None, :] - indices[:, None]) * tile
     rows = jnp.clip(first + group_sizes[None, :], 0, tile) - jnp.clip(first, 0, tile)
-    return RowGroups(tile_group=over, valid_tiles=jnp.minimum(ends[-1], tiles).astype(jnp.int32), tile_rows=jnp.sum(rows, axis=1, dtype=jnp.int32))
+    valid_tiles = jnp.minimum(ends[-1], tiles).astype(jnp.int32)
+    return RowGroups(tile_group=over, valid_tiles=valid_tiles, tile_rows=jnp.sum(rows, axis=1, dtype=jnp.int32))
 
 
 def one_group(rows: int, tile: int) -> RowGroups:
