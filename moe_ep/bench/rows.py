@@ -26,6 +26,7 @@ def make_row(cell: Cell, running: Running, routing: str, seconds: np.ndarray, ce
     gpu = gpu_of_device_kind(device.device_kind)
     flops = metrics.phase_flops_per_token(config.model, cell.phase, cell.context)
     moved = least_bytes(running, cell.phase, counted)
+    buffers = counted.rows_sent + counted.rows_padded
     exchanged, gradients = exchange_bytes(running, cell.phase, counted), gradient_bytes(running, cell.phase)
     return {
         "study": cell.study,
@@ -57,7 +58,7 @@ def make_row(cell: Cell, running: Running, routing: str, seconds: np.ndarray, ce
         **_shares(flops * tokens, moved, step_ms["median"] / 1e3, ceilings),
         "bytes_per_device": _memory(running),
         "waves": running.waves,
-        "buffer_fill": counted.rows_sent / max(counted.rows_sent + counted.rows_padded, 1),
+        "buffer_fill": counted.rows_sent / buffers if buffers else None,
         "rows_dropped": counted.rows_dropped,
         "load_cv": float(metrics.load_cv(counted.expert_counts).mean()),
         "max_over_mean_load": float(metrics.max_over_mean(counted.expert_counts).mean()),

@@ -99,22 +99,28 @@ def plan(choices: Choices, exchange: Exchange) -> Plan:
 
 def pack(tokens: TokenRows, plan: Plan, exchange: Exchange) -> list[Float[Array, "P C1 D"]]:
     """Lays out each slice's rows by destination, behind the counts that travel with them."""
-    slots = plan.assignment_of_slot.shape[1]
+    slots, width = plan.assignment_of_slot.shape[1], tokens.shape[-1]
+    header_rows = _header_rows(exchange.experts_per_peer, width)
     packed = []
     for index in range(exchange.slices):
         token_of_slot, _ = divide(plan.assignment_of_slot[index], exchange.top_k)
         slot_of_token = within_slice(plan.slot_of_assignment, index, slots)
-        body = take_rows(tokens, token_of_slot, slot_of_token).reshape(exchange.peers, -1, tokens.shape[-1])
-        header = _encode(plan.counts_of_slice[index], tokens.shape[-1], tokens.dtype)
-        packed.append(jnp.concatenate([header, body], axis=1))
+        # The rows are gathered to where they stand behind the headers, and the headers put in front of them in place.
+        rows = take_rows(
+            tokens,
+            _with_headers(token_of_slot, exchange.peers, header_rows, tokens.shape[0]),
+            _behind_headers(slot_of_token, slots // exchange.peers, header_rows),
+        )
+        buffer = rows.reshape(exchange.peers, -1, width)
+        packed.append(buffer.at[:, :header_rows].set(_encode(plan.counts_of_slice[index], width, tokens.dtype)))
     return packed
 
 
 def move(packed: Sequence[Float[Array, "P C1 D"]], plan: Plan, exchange: Exchange) -> list[Float[Array, "P C1 D"]]:
     """Sends every slice to its experts' devices, one all-to-all each."""
-    del plan
+    del plan, exchange
     with jax.named_scope("dispatch"):
-        return [_exchange(buffer, exchange) for buffer in packed]
+        return [_exchange(buffer) for buffer in packed]
 
 
 def receive(received: Sequence[Float[Array, "P C1 D"]], plan: Plan, exchange: Exchange) -> list[Batch]:
@@ -129,8 +135,21 @@ def _compact_received(received: Float[Array, "P C1 D"], exchange: Exchange) -> B
     rows = received.shape[1] - header_rows
     tile = row_tile(exchange.tokens * exchange.top_k // exchange.slices, exchange.experts_per_peer)
     compaction = compact(counts, rows, tile)
-    body = received[:, header_rows:].reshape(-1, received.shape[-1])
-    return Batch(take_rows(body, compaction.source, compaction.target[:, None]), compaction.groups, compaction)
+    readers = _with_headers(compaction.target, exchange.peers, header_rows, compaction.source.shape[0])
+    source = _behind_headers(compaction.source, rows, header_rows)
+    batch_rows = take_rows(received.reshape(-1, received.shape[-1]), source, readers[:, None])
+    return Batch(batch_rows, compaction.groups, compaction)
+
+
+def _with_headers(index: Int32[Array, "M"], peers: int, header_rows: int, nowhere: int) -> Int32[Array, "N"]:
+    """Returns an index of every segment's rows with `nowhere` for the header rows in front of them."""
+    return jnp.pad(index.reshape(peers, -1), ((0, 0), (header_rows, 0)), constant_values=nowhere).reshape(-1)
+
+
+def _behind_headers(row: Int32[Array, "..."], rows_per_segment: int, header_rows: int) -> Int32[Array, "..."]:
+    """Returns where rows of segments without headers stand in segments with them; one past all stays past all."""
+    segment, _ = divide(row, rows_per_segment)
+    return row + (segment + 1) * header_rows
 
 
 def pack_back(
@@ -148,9 +167,9 @@ def pack_back(
 
 def move_back(packed: Sequence[Float[Array, "P C D"]], plan: Plan, exchange: Exchange) -> list[Float[Array, "P C D"]]:
     """Returns every slice to the devices it came from, one all-to-all each."""
-    del plan
+    del plan, exchange
     with jax.named_scope("combine"):
-        return [_exchange(buffer, exchange) for buffer in packed]
+        return [_exchange(buffer) for buffer in packed]
 
 
 def combine(
@@ -162,9 +181,7 @@ def combine(
     return weighted_sum_rows(rows, weights, plan.slot_of_assignment, plan.assignment_of_slot.reshape(-1))
 
 
-def _exchange(buffer: Float[Array, "P C D"], exchange: Exchange) -> Float[Array, "P C D"]:
-    if exchange.peers == 1:
-        return buffer
+def _exchange(buffer: Float[Array, "P C D"]) -> Float[Array, "P C D"]:
     return crossed(jax.lax.all_to_all(buffer, EXPERT, split_axis=0, concat_axis=0))
 
 

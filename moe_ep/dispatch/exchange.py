@@ -71,12 +71,14 @@ def sum_counts(counts: DispatchCounts) -> DispatchCounts:
 
 def make_exchange(dispatch: DispatchConfig, *, experts: int, peers: int, tokens: int, top_k: int) -> Exchange:
     """Returns the sizes for `tokens` on each of `peers` devices."""
+    # On one device no row travels: it is gathered once, from its token to its expert, as all_gather's receivers do.
+    transport = dispatch.transport if peers > 1 else "all_gather"
     return Exchange(
         experts=experts,
         peers=peers,
         tokens=tokens,
         top_k=top_k,
-        transport=dispatch.transport,
+        transport=transport,
         waves=dispatch.waves,
         chunks=dispatch.chunks if dispatch.overlap == "chunks" else 1,
         margin_sigmas=dispatch.margin_sigmas,

@@ -77,8 +77,8 @@ def plan(choices: Choices, exchange: Exchange) -> Plan:
     """Sorts this device's assignments and, from everyone's counts, places every run in its receiver's buffer."""
     ordered = sort_by_expert(choices.reshape(-1), exchange.experts)
     counts = jnp.diff(ordered.start).astype(jnp.int32)
-    everyones = _gather(counts, exchange).reshape(exchange.peers, exchange.peers, exchange.experts_per_peer)
-    capacity, me = queue_rows(exchange), _my_index(exchange)
+    everyones = _gather(counts).reshape(exchange.peers, exchange.peers, exchange.experts_per_peer)
+    capacity, me = queue_rows(exchange), _my_index()
     waves, groups = zip(*(_wave(everyones, wave, capacity, me, exchange) for wave in range(exchange.waves)), strict=True)
     received = jnp.sum(everyones, axis=(0, 2), dtype=jnp.int32)
     sent = sum(jnp.sum(wave.out.rows, dtype=jnp.int32) for wave in waves)
@@ -136,7 +136,7 @@ def move(rows: SortedRows, plan: Plan, exchange: Exchange) -> list[Rows]:
     """Sends every run to its place in its expert's buffer, one exchange a wave."""
     tile, tiles = _tiling(exchange)
     with jax.named_scope("dispatch"):
-        return [_exchange(rows, wave.out, wave.back, tile * tiles, exchange) for wave in plan.waves]
+        return [_exchange(rows, wave.out, wave.back, tile * tiles) for wave in plan.waves]
 
 
 def receive(arrived: Sequence[Rows], plan: Plan, exchange: Exchange) -> list[Batch]:
@@ -155,10 +155,11 @@ def pack_back(
 
 def move_back(outputs: Sequence[Rows], plan: Plan, exchange: Exchange) -> list[SortedRows]:
     """Returns every run to where its sender has it, one exchange a wave."""
+    del exchange
     rows = plan.assignment_of_row.shape[0]
     with jax.named_scope("combine"):
         return [
-            _exchange(output, wave.back, wave.out, rows, exchange)
+            _exchange(output, wave.back, wave.out, rows)
             for output, wave in zip(outputs, plan.waves, strict=True)
         ]
 
@@ -172,20 +173,20 @@ def combine(returned: Sequence[SortedRows], weights: Weights, plan: Plan, exchan
     return weighted_sum_rows(rows, weights, plan.row_of_assignment, plan.assignment_of_row)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _exchange(rows: SortedRows, out: Runs, back: Runs, target_rows: int, exchange: Exchange) -> Rows:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _exchange(rows: SortedRows, out: Runs, back: Runs, target_rows: int) -> Rows:
     """Sends runs into the peers' buffers of `target_rows` rows, zero where none arrives; `back` undoes `out`."""
-    move_runs = _EXCHANGES["one_device" if exchange.peers == 1 else "cpu" if device_kind() == "cpu" else "gpu"]
+    move_runs = _EXCHANGES["cpu" if device_kind() == "cpu" else "gpu"]
     return crossed(move_runs(rows, out, back, target_rows))
 
 
-def _exchange_forward(rows, out, back, target_rows, exchange):
-    return _exchange(rows, out, back, target_rows, exchange), (out, back, jnp.zeros((rows.shape[0], 0), rows.dtype))
+def _exchange_forward(rows, out, back, target_rows):
+    return _exchange(rows, out, back, target_rows), (out, back, jnp.zeros((rows.shape[0], 0), rows.dtype))
 
 
-def _exchange_backward(target_rows, exchange, saved, gradient):
+def _exchange_backward(target_rows, saved, gradient):
     out, back, like = saved
-    return _exchange(gradient, back, out, like.shape[0], exchange), None, None
+    return _exchange(gradient, back, out, like.shape[0]), None, None
 
 
 _exchange.defvjp(_exchange_forward, _exchange_backward)
@@ -222,23 +223,13 @@ def _place_runs(everyones: Float[Array, "P A D"], first: Array, count: Array, ta
     return flat.at[jnp.where(index < 0, flat.shape[0], index)].get(mode="fill", fill_value=0)
 
 
-def _move_here(rows: SortedRows, out: Runs, back: Runs, target_rows: int) -> Rows:
-    """One device is its own only peer."""
-    del back
-    return _place_runs(rows[None], out.first_row[None], out.rows[None], out.target_row[None], target_rows)
+_EXCHANGES = {"gpu": _move_native, "cpu": _move_emulated}
 
 
-_EXCHANGES = {"gpu": _move_native, "cpu": _move_emulated, "one_device": _move_here}
-
-
-def _gather(values: Array, exchange: Exchange) -> Array:
-    if exchange.peers == 1:
-        return values
+def _gather(values: Array) -> Array:
     with jax.named_scope("counts"):
         return crossed(jax.lax.all_gather(values, EXPERT, axis=0, tiled=True))
 
 
-def _my_index(exchange: Exchange) -> Int32[Array, ""]:
-    if exchange.peers == 1:
-        return jnp.int32(0)
+def _my_index() -> Int32[Array, ""]:
     return jax.lax.axis_index(EXPERT).astype(jnp.int32)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_ep.config import ClusterConfig, ConfigError, DispatchConfig, MeshConfig
-from moe_ep.dispatch import TRANSPORTS, DispatchCounts, Exchange, check_chunks, exchange_rows
+from moe_ep.dispatch import TRANSPORTS, DispatchCounts, Exchange, check_chunks, exchange_rows, make_exchange
 from moe_ep.kernels.grouped_matmul import ExpertWeights, expert_mlp
 from moe_ep.mesh import ALL_AXES, EXPERT, TOKENS, make_mesh, vary
 
@@ -204,7 +204,7 @@ def test_a_chunk_holds_a_row(transport, most):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_no_communication_on_one_device(transport):
-    exchange = Exchange(experts=8, peers=1, tokens=64, top_k=2, transport=transport)
+    exchange = make_exchange(DispatchConfig(transport=transport), experts=8, peers=1, tokens=64, top_k=2)
     text = compiled_text(layer_mesh(1), exchange, 8)
     assert not any(name in text for name in ("all-to-all", "all-gather", "reduce-scatter"))
 
