@@ -12,7 +12,7 @@ from moe_ep.cost.units import Number
 # Kernels of one layer and micro-batch that do next to nothing, each as long as a launch: positions, places in the
 # cache, slices; choices scored, sorted and counted. And of a step: embedding, tokens chosen, counts reported.
 _ATTENTION_KERNELS = {"prefill": 5, "decode": 13, "train": 5}
-_ROUTING_KERNELS = 27
+_ROUTING_KERNELS = 29
 STEP_KERNELS = 18
 
 # Latent and rotary widths that the project's decode kernel takes (moe_ep/kernels/mla_decode/api.py).
@@ -49,18 +49,13 @@ def prefill_passes(model: ModelConfig, tokens: Number, expanded: Number, tp: int
     return [memory_pass(expanded * heads * 2 * (narrow + wide)), memory_pass(tokens * heads * 2 * 2 * narrow)]
 
 
-def router_passes(model: ModelConfig, tokens: Number) -> list[Work]:
-    """Returns what scoring moves beside its product, which reads tokens that were turned into float32."""
-    return [memory_pass(tokens * model.width * (2 + 4 + (4 - 2)))]
-
-
 def exchange_passes(model: ModelConfig, rows: Number, buffered: Number) -> list[Work]:
-    """Returns what an exchange of fixed buffers moves beside the rows: queues are filled, headers put before and cut off.
+    """Returns what an exchange of fixed buffers moves beside the rows: queues are filled, pads and all.
 
     Args:
       rows: that hold tokens; buffered: those of the buffers.
     """
-    moved = rows + buffered + 2 * 2 * buffered + 2 * 2 * max(buffered - rows, 0.0)
+    moved = rows + buffered + 2 * 2 * max(buffered - rows, 0.0)
     return [memory_pass(moved * model.width * 2)]
 
 

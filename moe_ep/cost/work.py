@@ -110,12 +110,17 @@ def block_pass(model: ModelConfig, tokens: Number) -> Work:
     return memory_pass(tokens * model.width * 2 * 5)
 
 
-def experts(model: ModelConfig, rows: Number, groups: Number, precision: Precision) -> list[Work]:
-    """Returns the calls of the experts of one GPU on `rows` rows spread evenly over `groups` of them."""
+def experts(
+    model: ModelConfig, rows: Number, groups: Number, precision: Precision, travelled: bool = True
+) -> list[Work]:
+    """Returns the calls of the experts of one GPU on `rows` rows spread evenly over `groups` of them.
+
+    travelled: whether rows came from elsewhere; if not, the weighted sum reads results where they are.
+    """
     moe, width = model.moe, model.width
     calls = mlp(width, moe.hidden, moe.activation == "silu_gated", rows, groups, precision)
-    # Received rows are compacted (read, write), as are the results on the way back.
-    moved = rows * width * 2 * (precision.dispatch_bytes_per_value + 2)
+    # Rows are brought into the experts' order (read, write), and results back into that of the senders.
+    moved = rows * width * 2 * (precision.dispatch_bytes_per_value + (2 if travelled else 0))
     return calls + [row_gather(moved)]
 
 

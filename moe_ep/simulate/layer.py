@@ -183,7 +183,6 @@ def attention_seconds(
     calls = _attention_calls(scenario, tokens) + [work.block_pass(model, tokens)]
     if routed:
         calls += work.router(model, tokens) + work.shared_experts(model, tokens, stack.precision)
-        calls += program.router_passes(model, tokens) if stack.is_compiled else []
     launches = small_seconds(scenario, program.small_kernels(scenario.workload.phase, routed))
     more = _recipe_calls(scenario, tokens) if backward else []
     seconds = with_backward(scenario, calls, backward, overlapped) + seconds_of(scenario, more, overlapped)
@@ -234,8 +233,9 @@ def expert_seconds(scenario: Scenario, load: LayerLoad, backward: bool, overlapp
 
 
 def _experts_on(scenario: Scenario, rows: Number, active: Number, backward: bool, overlapped: bool) -> Number:
-    calls = work.experts(scenario.model, rows, active, scenario.stack.precision)
-    if scenario.stack.is_compiled and scenario.layout.transport == "all_to_all" and scenario.layout.ep > 1:
+    travelled = scenario.layout.ep > 1 or not scenario.stack.is_compiled
+    calls = work.experts(scenario.model, rows, active, scenario.stack.precision, travelled)
+    if travelled and scenario.stack.is_compiled and scenario.layout.transport == "all_to_all":
         calls += program.exchange_passes(scenario.model, rows, buffered_rows(scenario))
     seconds = with_backward(scenario, calls, backward, overlapped)
     if backward and scenario.stack.recipe:

@@ -151,8 +151,8 @@ def _layer_calls(sizes: Row) -> list[Work]:
     moe = MoEConfig(num_experts=sizes["experts"], top_k=sizes["top_k"], hidden=sizes["hidden"])
     model = ModelConfig(width=sizes["width"], moe=moe)
     rows = sizes["tokens"] * sizes["top_k"]
-    router = work.router(model, sizes["tokens"]) + program.router_passes(model, sizes["tokens"])
-    return work.experts(model, rows, sizes["experts"], work.BF16) + router
+    experts = work.experts(model, rows, sizes["experts"], work.BF16, travelled=False)
+    return experts + work.router(model, sizes["tokens"])
 
 
 _READERS: dict[str, typing.Callable[[Row, Stack], collections.abc.Iterator[Figure]]] = {
