@@ -37,11 +37,11 @@ flags.set_default(command.SAMPLE_SECONDS, 0.03)
 WIDTH, HIDDEN = 7168, 18432
 LARGEST_ERROR = 1e-2  # of bfloat16 results, relative to their norm
 ACTIVATION = {1: "gelu", 2: "silu_gated"}
-WIDE = [Tiling(raster_width=width) for width in (4, 8, 16)]
+WIDE = [Tiling(raster_rows=rows) for rows in (8, 16, 32)]
 # Fewer columns where 128 x 256 tiles would not fill the last round of multiprocessors.
-FEW_ROWS = [Tiling(raster_width=8), *(Tiling(columns=columns, stages=6, raster_width=8) for columns in (128, 192))]
+FEW_ROWS = [Tiling(), *(Tiling(columns=columns, stages=6) for columns in (128, 192))]
 NARROW = [
-    Tiling(consumers=1, columns=columns, stages=stages, raster_width=1024)
+    Tiling(consumers=1, columns=columns, stages=stages, raster_rows=1)
     for columns, stages in ((64, 12), (128, 8), (192, 6), (256, 5))
 ]
 
@@ -109,7 +109,7 @@ def candidates(problem: Problem) -> dict[str, Callable]:
     baseline = "dense" if problem.groups == 1 else "scanned"
     runs = {baseline: jax.jit(_with_static(getattr(choice.IMPLEMENTATIONS[baseline], problem.step), problem))}
     for tiling in tilings_of(problem):
-        name = f"{tiling.consumers}x64x{tiling.columns}, {tiling.stages} stages, raster {tiling.raster_width}"
+        name = f"{tiling.consumers}x64x{tiling.columns}, {tiling.stages} stages, {tiling.raster_rows} tiles a column"
         step = functools.partial(getattr(mosaic, problem.step), tiling=tiling)
         runs[name] = jax.jit(_with_static(step, problem))
     return runs

@@ -67,7 +67,7 @@ class Operands:
 
     def assert_same(self, step, *args, **options):
         """Asserts that the interpreted kernels give what the loop over tiles gives, on valid rows."""
-        run = functools.partial(getattr(mosaic, step), tiling=Tiling(columns=128, stages=2, raster_width=2))
+        run = functools.partial(getattr(mosaic, step), tiling=Tiling(columns=128, stages=2, raster_rows=2))
         static = [index for index, arg in enumerate(args) if isinstance(arg, (str, int))]
         actual = jax.jit(run, static_argnums=static)(*args)
         expected = jax.jit(getattr(tiled.STEPS, step), static_argnums=static)(*args)

@@ -30,13 +30,14 @@ class Tiling:
     """How a kernel cuts its output: a CTA computes 64 * consumers rows by `columns`.
 
     stages: of the ring, each DEPTH deep in the contraction.
-    raster_width: output tiles taken side by side before the next row of tiles, for L2.
+    raster_rows: row tiles taken one below the other before the next column of tiles: their rows stay in L2, and
+      where they are a group's, each weight is read once.
     """
 
     consumers: int = 2
     columns: int = 256
     stages: int = 4
-    raster_width: int = 8
+    raster_rows: int = 16
 
     @property
     def rows(self) -> int:

@@ -130,7 +130,7 @@ def _body(product: RowProduct, tiling: Tiling, depth: int, columns: int, *refs, 
     ring = {"full": full, "empty": empty, "stages": tiling.stages}
 
     def place_of(tile):
-        row_tile, column_tile = plgpu.planar_snake(tile, (row_tiles, column_tiles), 1, tiling.raster_width)
+        row_tile, column_tile = plgpu.planar_snake(tile, (row_tiles, column_tiles), 0, tiling.raster_rows)
         layout_tile = lax.div(row_tile, jnp.int32(row_tiles_per_layout_tile))
         return _Place(pl.ds(row_tile * tiling.rows, tiling.rows), pl.ds(column_tile * width, width), layout_tile)
 

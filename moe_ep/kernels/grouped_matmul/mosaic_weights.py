@@ -51,7 +51,7 @@ def _body(tiling: Tiling, first_steps, step_counts, x, dy, out, *, x_ring, dy_ri
     def position(tile):
         group = lax.div(tile, jnp.int32(tiles_per_group))
         within = lax.rem(tile, jnp.int32(tiles_per_group))
-        return group, *plgpu.planar_snake(within, (row_tiles, column_tiles), 1, tiling.raster_width)
+        return group, *plgpu.planar_snake(within, (row_tiles, column_tiles), 0, tiling.raster_rows)
 
     def produce():
         def load_tile(tile, ring_step):
