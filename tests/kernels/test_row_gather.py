@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_ep.aot import topology
 from moe_ep.config import ClusterConfig
 from moe_ep.kernels import device
-from moe_ep.kernels.row_gather import api, gather_rows, mosaic, weighted_sum_rows, xla
+from moe_ep.kernels.row_gather import api, gather_rows, mosaic_copy, mosaic_sum, weighted_sum_rows, xla
 
 GATHER = jax.jit(gather_rows, static_argnames="implementation")
 
@@ -35,7 +35,7 @@ def as_numpy(rows, weights, index):
 def interpreted(function, *operands):
     """Returns the kernel's output in the GPU interpreter, and whether it raced."""
     if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip(f"jax {jax.__version__}: its GPU interpreter does not fill what is out of bounds")
+        pytest.skip(f"jax {jax.__version__}: its GPU interpreter lays nothing out and fills nothing")
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     out = function(*operands, interpret=plgpu.InterpretGPUParams(detect_races=True)).block_until_ready()
@@ -53,42 +53,58 @@ def test_xlas_way_against_numpy(reads):
 
 
 # More rows than slots for every block, fewer rows than blocks, and rows that have no halves.
-@pytest.mark.parametrize("outputs, reads, width", [(41, 1, 256), (23, 2, 256), (3, 3, 384)])
-def test_the_kernels_interpreted_are_xlas_gathers_and_have_no_race(outputs, reads, width, monkeypatch):
+@pytest.mark.parametrize("outputs, width", [(41, 256), (3, 384)])
+def test_the_copy_interpreted_is_xlas_gather_and_has_no_race(outputs, width, monkeypatch):
     monkeypatch.setattr(device, "multiprocessors", lambda: 2)
-    rows, weights, index = random_reads(9, outputs, reads, seed=outputs, width=width)
-    out, raced = interpreted(mosaic.gather_rows, rows, index[:, 0])
+    rows, _, index = random_reads(9, outputs, 1, seed=outputs, width=width)
+    out, raced = interpreted(mosaic_copy.gather_rows, rows, index[:, 0])
     np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(xla.gather_rows(rows, index[:, 0]), np.float32))
-    total, sum_raced = interpreted(mosaic.weighted_sum_rows, rows, weights, index)
+    assert not raced
+
+
+# Rows of one piece and of several, and pieces of every width of load.
+@pytest.mark.parametrize("outputs, reads, width", [(9, 1, 256), (5, 2, 1024), (3, 3, 1536), (2, 7, 512)])
+def test_the_sum_interpreted_is_xlas_and_has_no_race(outputs, reads, width, monkeypatch):
+    monkeypatch.setattr(mosaic_sum, "_MOST_LOADED", 8)
+    rows, weights, index = random_reads(9, outputs, reads, seed=outputs, width=width)
+    # An index past the rows adds nothing, whatever lies where it reads instead.
+    rows, index = rows.at[0].set(jnp.nan), jnp.maximum(index, 1)
+    total, raced = interpreted(mosaic_sum.weighted_sum_rows, rows, weights, index)
     expected = np.asarray(xla.weighted_sum_rows(rows, weights, index), np.float32)
     np.testing.assert_allclose(np.asarray(total, np.float32), expected, rtol=2**-7, atol=1e-6)
-    assert not raced and not sum_raced
+    assert np.isfinite(expected).all() and not raced
 
 
-def full_size(reads, sharding=None):
-    """Returns the abstract operands of a routed layer's gather and sum: 8192 tokens of 7168."""
+def at_full_size(reads, sharding=None):
+    """Yields each kernel that this jax takes, with abstract operands of a routed layer of 8192 tokens of 7168."""
     shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)  # noqa: E731
     rows, index = shape(jnp.bfloat16, 16384, 7168), shape(jnp.int32, 8192, reads)
-    return (rows, shape(jnp.int32, 16384)), (rows, shape(jnp.float32, 8192, reads), index)
+    yield mosaic_sum.weighted_sum_rows, (rows, shape(jnp.float32, 8192, reads), index)
+    if not mosaic_copy.refusal(rows):
+        yield mosaic_copy.gather_rows, (rows, shape(jnp.int32, 16384))
 
 
-@pytest.mark.skipif(not hasattr(plgpu, "OOBFillMode"), reason="the kernels take a jax of 0.11 or later")
-@pytest.mark.parametrize("reads", [1, 2, 3])
+@pytest.mark.parametrize("lanes", [2, 12, 18, 40, 56, 64, 256])
+@pytest.mark.parametrize("reads", [1, 2, 8, 200])
+def test_pieces_divide_a_row_and_loads_a_piece(lanes, reads):
+    piece, load = mosaic_sum.piece_of(lanes, reads)
+    assert lanes % piece == 0 and piece % load == 0 and (piece * reads <= 112 or piece == 1)
+    assert reads > 2 or load == max(width for width in (2, 4, 8) if lanes % width == 0)
+
+
+@pytest.mark.parametrize("reads", [1, 2, 8])
 def test_the_kernels_lower_for_cuda_at_full_size(reads):
-    gather, weighted = full_size(reads)
-    for function, operands in ((mosaic.gather_rows, gather), (mosaic.weighted_sum_rows, weighted)):
+    for function, operands in at_full_size(reads):
         text = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
         assert "mosaic_gpu" in text
 
 
-@pytest.mark.skipif(not hasattr(plgpu, "OOBFillMode"), reason="the kernels take a jax of 0.11 or later")
 def test_the_kernels_compile_for_an_absent_h100_and_are_chosen_there():
     try:
         (gpu,) = topology.compile_only_devices(ClusterConfig(gpu="h100"), 1)
     except ValueError as error:
         pytest.skip(str(error))
-    gather, weighted = full_size(2, jax.sharding.SingleDeviceSharding(gpu))
-    for function, operands in ((mosaic.gather_rows, gather), (mosaic.weighted_sum_rows, weighted)):
+    for function, operands in at_full_size(2, jax.sharding.SingleDeviceSharding(gpu)):
         assert "mosaic" in jax.jit(function).lower(*operands).compile().as_text()
 
 
@@ -97,13 +113,15 @@ def test_the_kernels_compile_for_an_absent_h100_and_are_chosen_there():
     [
         ("NVIDIA H200", 8192, 7168, jnp.bfloat16, True), ("NVIDIA H200", 64, 7168, jnp.bfloat16, False),
         ("NVIDIA H200", 8192, 7168, jnp.float32, False), ("NVIDIA H200", 8192, 7100, jnp.bfloat16, False),
+        ("NVIDIA H200", 65536, 768, jnp.bfloat16, False), ("NVIDIA H100 80GB HBM3", 65536, 1024, jnp.float16, True),
         ("NVIDIA B200", 8192, 7168, jnp.bfloat16, False), ("cpu", 8192, 7168, jnp.bfloat16, False),
     ],
 )  # fmt: skip
 def test_the_kernel_is_chosen_for_many_wide_rows_on_hopper(kind, outputs, width, dtype, chosen, monkeypatch):
     monkeypatch.setattr(device, "device_kind", lambda: kind)
-    name = api.choose(jax.ShapeDtypeStruct((8192, width), dtype), outputs, 1)
-    assert name == ("mosaic" if chosen and hasattr(plgpu, "OOBFillMode") else "xla")
+    rows = jax.ShapeDtypeStruct((8192, width), dtype)
+    assert api.choose(rows, outputs, 1, mosaic_sum.refusal(rows)) == ("mosaic" if chosen else "xla")
+    assert api.choose(rows, outputs, 1, "another jax") == "xla"
 
 
 @pytest.mark.parametrize(
@@ -114,6 +132,7 @@ def test_the_kernel_is_chosen_for_many_wide_rows_on_hopper(kind, outputs, width,
         (lambda rows, index: gather_rows(rows, index[:, None]), r"index is int32\[4, 1\], not int32 of rank 1"),
         (lambda rows, index: gather_rows(rows, index, implementation="fast"), r"'fast', not one of xla, mosaic"),
         (lambda rows, index: gather_rows(rows, index, implementation="mosaic"), r"not float32|0.11"),
+        (lambda rows, index: weighted_sum_rows(rows, jnp.ones((4, 1)), index[:, None], implementation="mosaic"), r"not float32"),
         (lambda rows, index: weighted_sum_rows(rows, jnp.ones((4, 2), jnp.float32), index[:, None]), r"float32\[4, 2\]"),
     ],
 )

@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from moe_ep.kernels import device
-from moe_ep.kernels.row_gather import mosaic, xla
+from moe_ep.kernels.row_gather import mosaic_copy, mosaic_sum, xla
 
-IMPLEMENTATIONS = {"xla": xla, "mosaic": mosaic}
+_GATHERS = {"xla": xla.gather_rows, "mosaic": mosaic_copy.gather_rows}
+_SUMS = {"xla": xla.weighted_sum_rows, "mosaic": mosaic_sum.weighted_sum_rows}
+IMPLEMENTATIONS = tuple(_GATHERS)
 
 # Below this many bytes moved, starting the kernel is most of its time; XLA's gather joins what follows it.
 _LEAST_BYTES = 2**25
+# Narrower rows are pieces too small for a copy or a block to be worth its start.
+_LEAST_WIDTH = 1024
 
 
 def gather_rows(rows: jax.Array, index: jax.Array, *, implementation: str | None = None) -> jax.Array:
@@ -23,8 +27,10 @@ def gather_rows(rows: jax.Array, index: jax.Array, *, implementation: str | None
       ValueError: a rank, type or size that the implementation does not take.
     """
     _check(rows, index, 1)
-    name = _checked(implementation or choose(rows, index.shape[0], 1), rows, 1)
-    return IMPLEMENTATIONS[name].gather_rows(rows, index)
+    refusal = mosaic_copy.refusal(rows)
+    name = implementation or choose(rows, index.shape[0], 1, refusal)
+    _check_takes(name, refusal)
+    return _GATHERS[name](rows, index)
 
 
 def weighted_sum_rows(
@@ -43,9 +49,10 @@ def weighted_sum_rows(
     _check(rows, index, 2)
     if weights.shape != index.shape or weights.dtype != jnp.float32:
         raise ValueError(f"weights are {weights.dtype}{list(weights.shape)}, not float32{list(index.shape)} as the index")
-    outputs, reads = index.shape
-    name = _checked(implementation or choose(rows, outputs, reads), rows, reads)
-    return IMPLEMENTATIONS[name].weighted_sum_rows(rows, weights, index)
+    refusal = mosaic_sum.refusal(rows)
+    name = implementation or choose(rows, *index.shape, refusal)
+    _check_takes(name, refusal)
+    return _SUMS[name](rows, weights, index)
 
 
 def _check(rows, index, rank):
@@ -55,16 +62,16 @@ def _check(rows, index, rank):
         raise ValueError(f"index is {index.dtype}{list(index.shape)}, not int32 of rank {rank}")
 
 
-def choose(rows, outputs: int, reads: int) -> str:
-    """Returns the implementation for so many results of `reads` rows [N, D] each on the device compiled for."""
-    moved = outputs * (reads + 1) * rows.shape[1] * rows.dtype.itemsize
-    fits = device.is_hopper(device.device_kind()) and not mosaic.refusal(rows, reads)
-    return "mosaic" if fits and moved >= _LEAST_BYTES else "xla"
+def choose(rows, outputs: int, reads: int, refusal: str) -> str:
+    """Returns the implementation for so many results of `reads` rows [N, D] each, unless refused, on the device compiled for."""
+    width = rows.shape[1]
+    moved = outputs * (reads + 1) * width * rows.dtype.itemsize
+    fits = not refusal and width >= _LEAST_WIDTH and moved >= _LEAST_BYTES
+    return "mosaic" if fits and device.is_hopper(device.device_kind()) else "xla"
 
 
-def _checked(name, rows, reads):
+def _check_takes(name, refusal):
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {name!r}, not one of {', '.join(IMPLEMENTATIONS)}")
-    if name == "mosaic" and (refusal := mosaic.refusal(rows, reads)):
+    if name == "mosaic" and refusal:
         raise ValueError(f"implementation 'mosaic' takes {refusal}")
-    return name
