@@ -18,6 +18,7 @@ import sys
 import typing
 
 from moe_ep.cost.kernels import TABLES, Work, gemm, memory_pass, row_gather
+from moe_ep.hardware import GPUS, gpu_of_device_kind
 
 _ANCHORS = "h200_bf16"
 _OWN = "h200_moe_ep"
@@ -134,15 +135,25 @@ def as_text(table: Json) -> str:
 
 def main(arguments: list[str]) -> None:
     """Writes the table of this project's kernels beside the others; the one argument is the device's name in results/."""
-    devices = sorted(path.stem.removeprefix("kernels_") for path in _RESULTS.glob("kernels_*.json"))
+    anchors = _read(TABLES / f"{_ANCHORS}.json")
+    devices = sorted(
+        path.stem.removeprefix("kernels_") for path in _RESULTS.glob("kernels_*.json") if _is_of(path, anchors["gpu"])
+    )
     if len(arguments) != 1 or arguments[0] not in devices:
-        print(f"from_tuning {' '.join(arguments)}: allowed is one of {', '.join(devices)}", file=sys.stderr)
+        allowed = f"one of {', '.join(devices)}, measured on the anchors' GPU"
+        print(f"from_tuning {' '.join(arguments)}: allowed is {allowed}", file=sys.stderr)
         sys.exit(2)
     (device,) = arguments
-    topics = ("tune", "kernels")
-    paths = (TABLES / f"{_ANCHORS}.json", *(_RESULTS / f"{topic}_{device}.json" for topic in topics))
-    table = table_of(*(json.loads(path.read_text()) for path in paths))
+    table = table_of(anchors, *(_read(_RESULTS / f"{topic}_{device}.json") for topic in ("tune", "kernels")))
     (TABLES / f"{_OWN}.json").write_text(as_text(table))
+
+
+def _read(path: pathlib.Path) -> Json:
+    return json.loads(path.read_text())
+
+
+def _is_of(path: pathlib.Path, gpu: str) -> bool:
+    return gpu_of_device_kind(_read(path)["device"]) == GPUS[gpu]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_ep.cost import from_tuning
 from moe_ep.cost.from_tuning import as_text, table_of
 from moe_ep.cost.kernels import TABLES, AssumedKernels, Measurement, gemm, load_table, memory_pass, roofline_seconds
 from moe_ep.hardware import GPUS
@@ -107,6 +108,16 @@ def own_rows(own_table) -> dict[tuple, dict]:
 
 def test_a_table_says_what_it_was_made_of(own_table):
     assert own_table["device"] == "NVIDIA H200" and own_table["date"] == "2026-11-24" and own_table["commit"] == "abc"
+
+
+def test_another_gpus_times_are_not_read_as_the_anchors(tmp_path, monkeypatch, capsys):
+    for device in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+        stem = device.lower().replace(" ", "_")
+        (tmp_path / f"kernels_{stem}.json").write_text(json.dumps({"device": device}))
+    monkeypatch.setattr(from_tuning, "_RESULTS", tmp_path)
+    with pytest.raises(SystemExit):
+        from_tuning.main(["nvidia_h100_80gb_hbm3"])
+    assert "nvidia_h100_80gb_hbm3: allowed is one of nvidia_h200, measured" in capsys.readouterr().err
 
 
 def test_products_bound_by_compute_are_the_warm_benchmarks_and_others_the_tuners(own_rows):
