@@ -61,13 +61,20 @@ def test_goals_are_judged_against_the_fastest_rival_or_the_bandwidth(goal, ours,
 def test_a_wrong_output_is_not_timed():
     right, wrong = jnp.ones(4), jnp.array([1.0, 1.0, 1.0, jnp.nan])
     given = {"ours": wrong, "xla": right}
-    contenders = {name: Contender(lambda out=out: out, jax.block_until_ready) for name, out in given.items()}
+    contenders = {name: kernel_cases.jax_contender(jnp.copy, out) for name, out in given.items()}
     outputs = dict.fromkeys(contenders, lambda out: out)
     case = Case("row", 1.0, 1.0, Goal("speedup", 1.0, ("xla",)), contenders, lambda: right, outputs)
     record = kernels.measure(case, samples=2, sample_seconds=0.0, bandwidth=1.0)
     assert record["contenders"]["ours"] == {"error": float("inf")}
     assert record["contenders"]["xla"]["error"] == 0 and record["achieved"] is None
     assert "wrong" in kernels.as_markdown({**PROVENANCE, "copy_bytes_per_s": {"xla": 1.0}, "rows": [record]})
+
+
+def test_poison_is_written_where_the_first_output_lay():
+    outputs = []
+    contender = Contender(lambda: outputs.append(jnp.arange(3.0) + 1.0) or outputs[-1], jax.block_until_ready)
+    np.testing.assert_array_equal(correctness.poisoned_call(contender), [1.0, 2.0, 3.0])
+    assert [out.is_deleted() for out in outputs] == [True, False]
 
 
 def test_relative_error_takes_the_worst_of_several_arrays():
