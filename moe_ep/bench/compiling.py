@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 def compile_all(compilations: dict[Hashable, Callable[[], Any]], tuned_by_xla: Collection[Hashable]) -> dict[Hashable, Any]:
-    """Calls all in threads, with a progress bar, and returns what they give.
+    """Calls all in threads, with a progress bar on a terminal, and returns what they give.
 
     Args:
       compilations: what compiles each program.
@@ -20,5 +20,5 @@ def compile_all(compilations: dict[Hashable, Callable[[], Any]], tuned_by_xla: C
         futures = {
             (one if name in tuned_by_xla else many).submit(compilation): name for name, compilation in compilations.items()
         }
-        done = tqdm(as_completed(futures), "compiling", len(futures), unit="program", leave=False)
+        done = tqdm(as_completed(futures), "compiling", len(futures), leave=False, unit="program", disable=None)
         return {futures[future]: future.result() for future in done}

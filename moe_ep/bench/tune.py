@@ -12,6 +12,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from absl import flags
 import jax
@@ -67,34 +68,53 @@ def problems() -> Iterator[Problem]:
     yield from (Problem(step, 8, 8 * 64, *steps[step]) for step in forward)
 
 
-def compiled(chosen: list[Problem]) -> dict[Problem, dict[str, Callable]]:
-    """Returns the programs of each problem's candidates, all compiled."""
-    waiting, baselines = {}, set()
+class Programs(NamedTuple):
+    """What measures one problem, compiled: operands from a key and the rows' layout, the candidates, their error."""
+
+    operands: Callable
+    candidates: dict[str, Callable]
+    error: Callable
+
+
+def compiled(chosen: list[Problem]) -> dict[Problem, Programs]:
+    """Returns the programs of each problem."""
+    key = jax.eval_shape(lambda: _key(0))
+    waiting, tuned_by_xla = {}, set()
     for problem in chosen:
-        operands, runs = jax.eval_shape(functools.partial(make_operands, problem, 0)), candidates(problem)
-        waiting |= {(problem, name): functools.partial(_compiled, run, operands) for name, run in runs.items()}
-        baselines.add((problem, next(iter(runs))))
-    programs = compile_all(waiting, tuned_by_xla=baselines)
-    return {problem: {name: programs[problem, name] for name in candidates(problem)} for problem in chosen}
+        groups, make = jax.eval_shape(lambda: make_groups(problem, 0)), functools.partial(make_operands, problem)
+        runs, operands = candidates(problem), jax.eval_shape(make, key, groups)
+        baseline = next(iter(runs))
+        out = jax.eval_shape(runs[baseline], *operands)
+        tuned_by_xla.add((problem, baseline))
+        waiting |= {(problem, name): functools.partial(_compiled, run, *operands) for name, run in runs.items()}
+        waiting[problem, make_operands] = functools.partial(_compiled, jax.jit(make), key, groups)
+        waiting[problem, relative_error] = functools.partial(_compiled, jax.jit(relative_error), out, out, groups)
+    done = compile_all(waiting, tuned_by_xla)
+
+    def programs(problem):
+        runs = {name: done[problem, name] for name in candidates(problem)}
+        return Programs(done[problem, make_operands], runs, done[problem, relative_error])
+
+    return {problem: programs(problem) for problem in chosen}
 
 
-def _compiled(run, operands):
-    return run.lower(*operands).compile()
+def _compiled(jitted, *operands):
+    return jitted.lower(*operands).compile()
 
 
-def tune(
-    problem: Problem, programs: dict[str, Callable], seed: int, samples: int, sample_seconds: float, measured: str
-) -> Entry:
-    """Returns the fastest of XLA and the kernels, `programs` in `candidates`' order, for this problem."""
-    operands = make_operands(problem, seed)
+def tune(problem: Problem, programs: Programs, seed: int, samples: int, sample_seconds: float, measured: str) -> Entry:
+    """Returns the fastest of XLA and the kernels for this problem."""
+    groups = make_groups(problem, seed)
+    operands = programs.operands(_key(seed), groups)
     contenders = {
-        name: Contender(functools.partial(program, *operands), jax.block_until_ready) for name, program in programs.items()
+        name: Contender(functools.partial(run, *operands), jax.block_until_ready)
+        for name, run in programs.candidates.items()
     }
     baseline, *kernels = contenders
     expected = contenders[baseline].launch()
     tilings = dict(zip(kernels, tilings_of(problem), strict=True))
     for name in kernels:
-        error = relative_error(contenders[name].launch(), expected, operands[-1])
+        error = float(programs.error(contenders[name].launch(), expected, groups))
         if not error < LARGEST_ERROR:
             raise SystemExit(f"{name} of {problem} differs from XLA by {error}, more than {LARGEST_ERROR}")
     times = measure_in_turns(contenders, samples, sample_seconds)
@@ -122,12 +142,14 @@ def tilings_of(problem: Problem) -> list[Tiling]:
     return FEW_ROWS if problem.rows <= 2048 else WIDE
 
 
-def make_operands(problem: Problem, seed: int) -> tuple:
-    """Returns random operands of the step, the layout of the rows last."""
-    groups = make_groups(problem, seed)
-    keys = jax.random.split(jax.random.key(seed), 4)
+def _key(seed):
+    return jax.random.key(seed, impl="rbg")  # compiles faster than the default, and serves as well here
 
-    @functools.partial(jax.jit, static_argnums=(1, 2))
+
+def make_operands(problem: Problem, key: jax.Array, groups: RowGroups) -> tuple:
+    """Returns random operands of the step, the layout of the rows last."""
+    keys = jax.random.split(key, 4)
+
     def normal(key, shape, scale=1.0):
         return (scale * jax.random.normal(key, shape, jnp.float32)).astype(jnp.bfloat16)
 
@@ -157,8 +179,8 @@ def make_groups(problem: Problem, seed: int) -> RowGroups:
     return make_row_groups(jnp.asarray(sizes, jnp.int32), tile, problem.rows // tile)
 
 
-def relative_error(out, expected, groups: RowGroups) -> float:
-    """Returns the largest ||out - expected|| / ||expected|| over the outputs' valid rows; NaN is infinity."""
+def relative_error(out, expected, groups: RowGroups) -> jax.Array:
+    """Returns the largest ||out - expected|| / ||expected|| over the outputs' valid rows."""
 
     def error(ours, theirs):
         if ours.ndim == 2:
@@ -168,8 +190,7 @@ def relative_error(out, expected, groups: RowGroups) -> float:
         ours, theirs = (value.astype(jnp.float32) for value in (ours, theirs))
         return jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs)
 
-    errors = jax.tree.leaves(jax.tree.map(jax.jit(error), out, expected))
-    return float(jnp.nan_to_num(jnp.max(jnp.stack(errors)), nan=jnp.inf))
+    return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(error, out, expected))))
 
 
 def _with_static(step, problem):
@@ -205,7 +226,7 @@ def main() -> None:
     programs = compiled(chosen)
     entries = known_entries()
     sampling = (opening["seed"], command.SAMPLES.value, command.SAMPLE_SECONDS.value)
-    for problem in tqdm(chosen, "measuring", unit="problem"):
+    for problem in tqdm(chosen, "measuring", unit="problem", disable=None):
         measured = f"{opening['date'][:10]} {opening['commit']}"
         entries[problem] = tune(problem, programs.pop(problem), *sampling, measured)
         paths = write(command.OUT.value, opening, [entries[known] for known in problems() if known in entries])

@@ -28,7 +28,7 @@ def on_an_h100(tmp_path, monkeypatch):
 def test_every_candidate_is_compiled_measured_and_written(on_an_h100):
     problem = Problem("product", 1, 64, 32, 16)
     programs = tune.compiled([problem])[problem]
-    assert list(programs) == list(tune.candidates(problem)) and len(programs) == 1 + len(tune.NARROW)
+    assert list(programs.candidates) == list(tune.candidates(problem))
     entry = tune.tune(problem, programs, seed=1, samples=2, sample_seconds=0.0, measured="today")
     fastest = min(entry.milliseconds, key=entry.milliseconds.get)
     assert (entry.implementation == "dense") == (fastest == "dense") == (entry.tiling is None)
