@@ -114,8 +114,12 @@ reference_jit = functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_l
 def random_rows(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
     """Returns bfloat16 arrays of standard normal entries."""
     keys = jax.random.split(jax.random.key(seed), len(shapes))
-    make = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
-    return [make(key, shape) for key, shape in zip(keys, shapes)]
+    return [_normal(key, shape) for key, shape in zip(keys, shapes)]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(key, shape):
+    return jax.random.normal(key, shape, jnp.bfloat16)
 
 
 def random_weights(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:

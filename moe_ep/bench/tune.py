@@ -78,7 +78,7 @@ class Programs(NamedTuple):
 
 def compiled(chosen: list[Problem]) -> dict[Problem, Programs]:
     """Returns the programs of each problem."""
-    key = jax.eval_shape(lambda: _key(0))
+    key = jax.eval_shape(lambda: jax.random.key(0))
     waiting, tuned_by_xla = {}, set()
     for problem in chosen:
         groups, make = jax.eval_shape(lambda: make_groups(problem, 0)), functools.partial(make_operands, problem)
@@ -105,7 +105,7 @@ def _compiled(jitted, *operands):
 def tune(problem: Problem, programs: Programs, seed: int, samples: int, sample_seconds: float, measured: str) -> Entry:
     """Returns the fastest of XLA and the kernels for this problem."""
     groups = make_groups(problem, seed)
-    operands = programs.operands(_key(seed), groups)
+    operands = programs.operands(jax.random.key(seed), groups)
     contenders = {
         name: Contender(functools.partial(run, *operands), jax.block_until_ready)
         for name, run in programs.candidates.items()
@@ -140,10 +140,6 @@ def tilings_of(problem: Problem) -> list[Tiling]:
     if problem.rows <= 64 * problem.groups:
         return NARROW
     return FEW_ROWS if problem.rows <= 2048 else WIDE
-
-
-def _key(seed):
-    return jax.random.key(seed, impl="rbg")  # compiles faster than the default, and serves as well here
 
 
 def make_operands(problem: Problem, key: jax.Array, groups: RowGroups) -> tuple:
