@@ -1,7 +1,7 @@
 """Measures every step of the expert MLP in every tiling on this GPU and rewrites its part of the kernels' table.
 
-    python -m moe_ep.bench.tune                               every problem
-    python -m moe_ep.bench.tune --groups=1 --rows=64 --rows=512   those alone, the table's other entries kept
+    python -m moe_ep.bench.tune                                  every problem
+    python -m moe_ep.bench.tune --only_groups=1 --only_rows=64   those alone, the table's other entries kept
 
 Each candidate is first checked against XLA on fresh random data. All of a problem's
 candidates are timed in turns, and the fastest by its median is the table's entry.
@@ -30,8 +30,8 @@ from moe_ep.kernels.grouped_matmul import RowGroups, choice, make_row_groups, mo
 from moe_ep.kernels.grouped_matmul.mosaic_parts import Tiling
 from moe_ep.kernels.grouped_matmul.table import Entry, Problem
 
-_GROUPS = flags.DEFINE_multi_integer("groups", [], "Tune problems of so many groups alone; may be repeated.")
-_ROWS = flags.DEFINE_multi_integer("rows", [], "Tune problems of so many rows alone; may be repeated.")
+_GROUPS = flags.DEFINE_multi_integer("only_groups", [], "Tune problems of so many groups alone; may be repeated.")
+_ROWS = flags.DEFINE_multi_integer("only_rows", [], "Tune problems of so many rows alone; may be repeated.")
 flags.set_default(command.SAMPLES, 9)
 flags.set_default(command.SAMPLE_SECONDS, 0.03)
 
@@ -251,7 +251,7 @@ def selected() -> list[Problem]:
     ]
     allowed = ", ".join(sorted({f"{problem.rows} rows in {problem.groups}" for problem in problems()}))
     if not chosen:
-        raise ConfigError(f"--groups={sorted(groups)} --rows={sorted(rows)}: no such problem; allowed are {allowed}")
+        raise ConfigError(f"--only_groups={sorted(groups)} --only_rows={sorted(rows)}: no such problem; allowed are {allowed}")
     return chosen
 
 
