@@ -5,8 +5,10 @@ they are, and `nnx.get_partition_spec` reads the axes stated here. Values are ma
 in float32 from the key alone, so a parameter is the same on every mesh.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,29 @@ def stack(make: Callable[[Array], nnx.Module], key: Array, layers: int) -> nnx.M
     """Returns `layers` modules as one, every parameter with a leading layer axis that is not split."""
     annotated = nnx.transform_metadata(make, in_axes=0, out_axes=0, partition=None)
     return jax.vmap(annotated)(jax.random.split(key, layers))
+
+
+def layers_of(stacked: Any) -> tuple:
+    """Returns the modules of a stack, or other trees whose leaves lead with the layer, each a static slice of it."""
+    layers = range(jax.tree.leaves(stacked)[0].shape[0])
+    return tuple(
+        jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, layer, keepdims=False), stacked)  # noqa: B023
+        for layer in layers
+    )
+
+
+def stack_of(layers: tuple) -> Any:
+    """Returns modules as the stack that `layers_of` takes apart, each padded to the whole.
+
+    Padding joins the pass that reads the stack; concatenating would be a pass of its own.
+    """
+
+    def pad(layer: int, leaf: Array) -> Array:
+        others = [(layer, len(layers) - 1 - layer, 0)] + [(0, 0, 0)] * leaf.ndim
+        return jax.lax.pad(leaf[None], jnp.zeros((), leaf.dtype), others)
+
+    padded = [jax.tree.map(functools.partial(pad, layer), module) for layer, module in enumerate(layers)]
+    return functools.reduce(functools.partial(jax.tree.map, jnp.add), padded)
 
 
 def whole(parameter: nnx.Param, dtype: jnp.dtype) -> Array:

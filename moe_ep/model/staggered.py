@@ -18,6 +18,7 @@ zeros: nothing has been computed for it yet.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ class _Exchanger(NamedTuple):
 def scan_staggered(
     attend: Attend,
     x: Activations,
-    blocks: MoEBlock,
+    blocks: MoEBlock | tuple[MoEBlock, ...],
     bias: Float32[Array, "L E"],
     replay: Array | None,
     extras: Any,
@@ -87,21 +88,19 @@ def scan_staggered(
     dispatch: DispatchConfig,
     *,
     state: Any = None,
-    unroll: bool = False,
 ) -> tuple[Activations, MoEReport, Any, Any]:
     """Runs a stack of MoE blocks on the two halves of a batch.
 
     Args:
       attend: the attention half of a block.
       x: the batch; its sequences are split in two.
-      blocks: stacked over layers.
+      blocks: stacked over layers, or one by one.
       bias: of every layer.
       replay: [L, t, K] choices to use instead of the routers', or None.
       extras: what attend takes, every leaf [L, b, ...], or None.
       remember: wraps a layer's body: what its backward pass keeps.
       dispatch: how rows travel, and the waves of this program.
       state: what the first call of attend is given.
-      unroll: write the layers out instead of looping.
 
     Returns:
       The blocks' output; every layer's report; what attend left, leaves [L, b, ...]; the last state.
@@ -112,31 +111,35 @@ def scan_staggered(
     sequences = x.shape[0]
     require(sequences % 2 == 0, "dispatch.overlap", "staggered", f"an even number of sequences per device, not {sequences}")
     first, second = x[: sequences // 2], x[sequences // 2 :]
-    exchange = blocks.moe.exchange(first.shape[0] * first.shape[1], dispatch)
+    rest = (bias, _split(replay), _split(extras))
+    one_layer = _layer(0, blocks, rest)
+    exchange = one_layer[0].moe.exchange(first.shape[0] * first.shape[1], dispatch)
     exchanger = _Exchanger(TRANSPORTS[exchange.transport], exchange)
     body = _Body(attend, exchanger)
 
-    layers = (blocks, bias, _split(replay), _split(extras))
-    one_layer = jax.tree.map(lambda leaf: leaf[0], layers)
     computed = jax.tree.map(_zeros, jax.eval_shape(body.compute_one, first, one_layer))
     carry = (first, second, computed, state)
-    (first, second, computed, state), (reports, kept) = over_layers(remember(body), carry, layers, unroll)
+    (first, second, computed, state), (reports, kept) = over_layers(remember(body), carry, blocks, *rest)
     with jax.named_scope("moe"):
         second = exchanger.add(second, exchanger.move_back(computed), computed)
     return jnp.concatenate([first, second]), reports, kept, state
 
 
-def over_layers(step: Callable, carry: Any, layers: Any, unroll: bool) -> tuple[Any, Any]:
-    """Returns what `jax.lax.scan(step, carry, layers)` does, written out layer by layer if asked."""
-    if not unroll:
-        return jax.lax.scan(step, carry, layers)
+def over_layers(step: Callable, carry: Any, blocks: Any, *rest: Any) -> tuple[Any, Any]:
+    """Returns what `jax.lax.scan(step, carry, (blocks, *rest))` does, written out where blocks are a tuple of layers."""
+    if not isinstance(blocks, tuple):
+        return jax.lax.scan(step, carry, (blocks, *rest))
     outputs = []
-    for index in range(jax.tree.leaves(layers)[0].shape[0]):
-        # A static slice: its transpose is padding, which joins the pass that reads the gradient.
-        layer = jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, index, keepdims=False), layers)  # noqa: B023
-        carry, output = step(carry, layer)
+    for index in range(len(blocks)):
+        carry, output = step(carry, _layer(index, blocks, rest))
         outputs.append(output)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def _layer(index: int, blocks: Any, rest: tuple) -> tuple:
+    cut = functools.partial(jax.lax.index_in_dim, index=index, keepdims=False)
+    block = blocks[index] if isinstance(blocks, tuple) else jax.tree.map(cut, blocks)
+    return block, *jax.tree.map(cut, rest)
 
 
 @dataclasses.dataclass(frozen=True)

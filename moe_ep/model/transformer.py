@@ -17,7 +17,7 @@ from moe_ep.model.kv_cache import LatentCache, Lengths, Pages, own_pages
 from moe_ep.model.mla import cudnn_refusal
 from moe_ep.model.moe import MoEReport
 from moe_ep.model.norm import RMSNorm
-from moe_ep.model.parameter import matrix, stack
+from moe_ep.model.parameter import layers_of, matrix, stack, stack_of
 from moe_ep.model.staggered import over_layers, scan_staggered
 from moe_ep.shapes import Activations, Logits, Mask, Positions, Tokens
 
@@ -61,13 +61,13 @@ class Transformer(nnx.Module):
         positions = _positions(x)
 
         @remember
-        def dense_step(x: Activations, block: DenseBlock) -> tuple[Activations, None]:
-            return block(x, positions), None
+        def dense_step(x: Activations, layer: tuple[DenseBlock]) -> tuple[Activations, None]:
+            return layer[0](x, positions), None
 
         if self.dense is not None:
-            x, _ = over_layers(dense_step, x, self.dense, self.config.unroll)
+            x, _ = over_layers(dense_step, x, self.dense)
         scan_blocks = _OVERLAPS[dispatch.overlap_for(positions.size, positions.shape[0])]
-        x, reports = scan_blocks(x, self.moe, bias, replay, remember, dispatch, self.config.unroll)
+        x, reports = scan_blocks(x, self.moe, bias, replay, remember, dispatch)
         return self.norm(x), reports
 
     def prefill(
@@ -195,18 +195,37 @@ def for_computation(parameters: Transformer) -> Transformer:
         return jax.tree_util.tree_map_with_path(cast, parameters)
 
 
+def by_layer(parameters: Transformer) -> Transformer:
+    """Returns the parameters with every stack as a tuple of its layers, which are then written out one after another.
+
+    Differentiating at these gives the gradients of a layer as soon as its backward pass has ended.
+    """
+    return _change_stacks(layers_of, parameters)
+
+
+def in_stacks(parameters: Transformer) -> Transformer:
+    """Returns what `by_layer` made, gradients too, as stacks again."""
+    return _change_stacks(stack_of, parameters)
+
+
+def _change_stacks(change: Callable, parameters: Transformer) -> Transformer:
+    changed = jax.tree.map(lambda leaf: leaf, parameters)
+    changed.dense = None if parameters.dense is None else change(parameters.dense)
+    changed.moe = change(parameters.moe)
+    return changed
+
+
 def _positions(x: Activations) -> Positions:
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
 
 
 def _scan_whole(
     x: Activations,
-    blocks: MoEBlock,
+    blocks: MoEBlock | tuple[MoEBlock, ...],
     bias: Array,
     replay: Array | None,
     remember: Callable,
     dispatch: DispatchConfig,
-    unroll: bool,
 ) -> tuple[Activations, MoEReport]:
     positions = _positions(x)
 
@@ -215,22 +234,21 @@ def _scan_whole(
         block, bias, replay = layer
         return block(x, positions, bias, dispatch, replay)
 
-    return over_layers(step, x, (blocks, bias, replay), unroll)
+    return over_layers(step, x, blocks, bias, replay)
 
 
 def _scan_halves(
     x: Activations,
-    blocks: MoEBlock,
+    blocks: MoEBlock | tuple[MoEBlock, ...],
     bias: Array,
     replay: Array | None,
     remember: Callable,
     dispatch: DispatchConfig,
-    unroll: bool,
 ) -> tuple[Activations, MoEReport]:
     def attend(half: AttentionHalf, x: Activations, _: None, state: None) -> tuple[Activations, None, None]:
         return half(x, _positions(x)), None, state
 
-    x, reports, _, _ = scan_staggered(attend, x, blocks, bias, replay, None, remember, dispatch, unroll=unroll)
+    x, reports, _, _ = scan_staggered(attend, x, blocks, bias, replay, None, remember, dispatch)
     return x, reports
 
 

@@ -7,7 +7,7 @@ parameters are, so it needs none but the global norm's.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from moe_ep.config import Config
 from moe_ep.dispatch import DispatchCounts, sum_counts
 from moe_ep.mesh import ALL_AXES, TOKENS, vary
 from moe_ep.model.router import mean_score
-from moe_ep.model.transformer import Transformer, for_computation
+from moe_ep.model.transformer import Transformer, by_layer, for_computation, in_stacks
 from moe_ep.shapes import Count, Scalar
 from moe_ep.train import balance
 from moe_ep.train.loss import LossReport, local_loss
@@ -62,13 +62,19 @@ def _summarize(report: LossReport, global_tokens: int) -> BatchReport:
 def sum_gradients(gradients: Transformer, specs: Transformer) -> Transformer:
     """Sums each gradient over the axes that hold copies of its parameter."""
 
-    def add(gradient: Array, spec: P) -> Array:
+    def add(gradient: Array | tuple, spec: Any) -> Array | tuple:
+        if _is_layers(gradient):
+            return tuple(jax.tree.map(add, layer, spec) for layer in gradient)
         split = {axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
         copies = tuple(axis for axis in ALL_AXES if axis not in split)
         return jax.lax.psum(gradient, copies) if copies else gradient
 
     with jax.named_scope("sum_gradients"):
-        return jax.tree.map(add, gradients, specs)
+        return jax.tree.map(add, gradients, specs, is_leaf=_is_layers)
+
+
+def _is_layers(part: object) -> bool:
+    return isinstance(part, tuple)
 
 
 def _in_float32(gradients: Transformer) -> Transformer:
@@ -84,9 +90,10 @@ def make_gradients(config: Config, specs: Transformer, mesh: Mesh) -> Callable:
     """
     train = config.train
     global_tokens = train.batch_sequences * train.sequence
+    arrange, arrange_back = (by_layer, in_stacks) if config.model.unroll else (lambda whole: whole,) * 2
 
     def on_device(parameters, tokens, bias, replay):
-        parameters, bias = for_computation(vary(parameters)), vary(bias)
+        parameters, bias = arrange(for_computation(vary(parameters))), vary(bias)
         tokens = tokens.reshape(train.accumulation, -1, tokens.shape[-1])
 
         def loss(parameters, tokens, replay):
@@ -111,7 +118,7 @@ def make_gradients(config: Config, specs: Transformer, mesh: Mesh) -> Callable:
         else:
             zeros = vary(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), parameters))
             gradients, reports = jax.lax.scan(add_micro_batch, zeros, (tokens, replay))
-        return sum_gradients(_in_float32(gradients), specs), _summarize(reports, global_tokens)
+        return arrange_back(sum_gradients(_in_float32(gradients), specs)), _summarize(reports, global_tokens)
 
     def call(parameters, tokens, bias, replay):
         # The choices stay with their tokens; all else is the same everywhere.

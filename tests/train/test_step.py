@@ -1,7 +1,6 @@
 """One step's promises: waves, drops, non-finite gradients, accumulation, the balance rules."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from tests.train.small import batch, largest_error, make_config, mesh_of
 
 from moe_ep.config import BalanceConfig
 from moe_ep.model.names import by_path
+from moe_ep.model.parameter import layers_of, stack_of
 from moe_ep.model.staggered import over_layers
 from moe_ep.model.transformer import for_computation
 from moe_ep.train import balance
@@ -128,6 +128,7 @@ def test_gradients_have_the_type_of_the_product_they_come_from_and_the_update_se
 
 def test_layers_written_out_are_the_loop_and_its_gradients():
     def step(x, layer):
+        (layer,) = layer
         x = jnp.tanh(x * layer["scale"] + layer["shift"])
         return x, {"sum": jnp.sum(x), "nothing": None}
 
@@ -135,13 +136,29 @@ def test_layers_written_out_are_the_loop_and_its_gradients():
     x = jax.random.normal(keys[0], (5,), jnp.float32)
     layers = {name: jax.random.normal(key, (3, 5), jnp.float32) for name, key in zip(("scale", "shift"), keys[1:])}
 
-    def run(unroll, x, layers):
-        x, out = over_layers(step, x, layers, unroll)
+    def run(x, layers):
+        x, out = over_layers(step, x, layers)
         return jnp.sum(x) + jnp.sum(out["sum"] * jnp.arange(3.0)), out
 
-    looped, written = (
-        jax.value_and_grad(functools.partial(run, unroll), argnums=(0, 1), has_aux=True)(x, layers) for unroll in (False, True)
-    )
+    looped = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(x, layers)
+    value, (x_gradient, by_layer) = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(x, layers_of(layers))
+    assert len(by_layer) == 3
+    written = value, (x_gradient, stack_of(by_layer))
+    assert jax.tree.structure(looped) == jax.tree.structure(written)
+    assert largest_error(written, looped) < 1e-5
+
+
+def test_a_step_written_out_sums_the_gradients_of_every_layer():
+    config = make_config()
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))
+    mesh = mesh_of(config, 2, data=2)
+    state, tokens, specs = init_state(config, mesh), batch(config, mesh), parameter_specs(config, mesh)
+
+    def gradients(unroll):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, unroll=unroll))
+        return jax.jit(make_gradients(changed, specs, mesh))(state.parameters, tokens, state.bias, None)[0]
+
+    looped, written = gradients(False), gradients(True)
     assert jax.tree.structure(looped) == jax.tree.structure(written)
     assert largest_error(written, looped) < 1e-5
 
