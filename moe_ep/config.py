@@ -83,8 +83,9 @@ class ModelConfig:
     # What the backward pass computes again: nothing; everything but what crossed the
     # network; whole blocks (the network's traffic too).
     remat: Literal["none", "keep_dispatch", "block"] = "keep_dispatch"
-    # Write the layers out one after another instead of looping over them: compiling takes as many times
-    # longer, and nothing is copied into and out of stacks over the layers.
+    # In training, write the layers out one after another instead of looping over them: compiling takes as many
+    # times longer; nothing is copied into and out of stacks over the layers, and while one layer goes back the
+    # gradients of the one behind it are summed over its copies.
     unroll: bool = False
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()

@@ -67,7 +67,11 @@ def sum_gradients(gradients: Transformer, specs: Transformer) -> Transformer:
             return tuple(jax.tree.map(add, layer, spec) for layer in gradient)
         split = {axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
         copies = tuple(axis for axis in ALL_AXES if axis not in split)
-        return jax.lax.psum(gradient, copies) if copies else gradient
+        if not copies:
+            return gradient
+        summed = jax.lax.psum(gradient, copies)
+        # Without a barrier XLA may join the layers' sums to one, which waits for the last.
+        return jax.lax.optimization_barrier(summed) if jax.lax.axis_size(copies) > 1 else summed
 
     with jax.named_scope("sum_gradients"):
         return jax.tree.map(add, gradients, specs, is_leaf=_is_layers)

@@ -100,6 +100,19 @@ def test_a_training_step_with_exact_bytes_hides_its_exchanges_too():
 
 
 @needs_cuda_compiler
+def test_layers_written_out_sum_their_gradients_while_the_next_goes_back():
+    layers = 2
+    small = ("aot.program=train", f"model.layers={layers}", "model.dense_layers=0", "model.vocabulary=8192",
+             "model.unroll=true", "dispatch.overlap=none")  # fmt: skip
+    config, compiled, _ = compiled_preset(16, *small)
+    sums = [transfer for transfer in compiled.timeline.transfers if transfer.scope == "sum_gradients"]
+    query = config.model.width * config.model.attention.heads * config.model.attention.query_dim
+    of_queries = [transfer for transfer in sums if transfer.sent_bytes == pytest.approx(2 * 15 / 16 * 4 * query)]
+    assert len(of_queries) >= layers  # one a layer: not one for all, which would wait for the last
+    assert all(transfer.has_products_between for transfer in of_queries[: layers - 1])
+
+
+@needs_cuda_compiler
 def test_a_layout_that_does_not_fit_says_what_is_missing():
     config = override.apply(override.load("configs/seed_e16.py"), ["mesh.expert=8", "dispatch.overlap=none"])
     result = summarize(config, compile_program(config))

@@ -10,6 +10,7 @@ import json
 import sys
 
 from moe_ep.aot.compile import compile_program
+from moe_ep.aot.topology import use_no_gpu
 from moe_ep.checks import check
 from moe_ep.override import apply, load
 from moe_ep.simulate.compiled import FOLDER
@@ -57,6 +58,7 @@ def as_text(schedule: dict) -> str:
 
 def main(names: list[str]) -> None:
     """Records the programs named, or all of them; the figures of the others stay."""
+    use_no_gpu()
     path = FOLDER / "memory.json"
     figures = json.loads(path.read_text()) if names else {}
     for name in names or PROGRAMS:
