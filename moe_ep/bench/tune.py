@@ -43,7 +43,7 @@ WIDE = [Tiling(raster_rows=rows) for rows in (8, 16, 32)]
 FEW_ROWS = [Tiling(), *(Tiling(columns=columns, stages=6) for columns in (128, 192))]
 NARROW = [
     Tiling(consumers=1, columns=columns, stages=stages, raster_rows=1)
-    for columns, stages in ((64, 12), (128, 8), (192, 6), (256, 5))
+    for columns, stages in ((64, 8), (64, 12), (128, 8), (192, 4), (192, 6), (256, 4), (256, 5))
 ]
 
 
