@@ -98,7 +98,7 @@ def interpret(monkeypatch, lengths, tiling, shape):
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     operands, options = random_call(
-        lengths, latent=128, rope=16, past_length=np.nan, **{"heads": 64, "dtype": jnp.bfloat16, **shape}
+        lengths, latent=128, rope=64, past_length=np.nan, **{"heads": 64, "dtype": jnp.bfloat16, **shape}
     )
     monkeypatch.setattr(mosaic, "choose_tiling", lambda *_: tiling)
     params = plgpu.InterpretGPUParams(detect_races=True)
@@ -176,6 +176,7 @@ REFUSED = {
     "float32": ({"dtype": jnp.float32}, "not float32"),
     "heads": ({"heads": 96}, "not 96"),
     "wide_latent": ({"latent": 3584, "rope": 16}, "not 3584 and 16"),
+    "narrow_rope": ({"rope": 32}, "not 128 and 32"),
     "cache_rows": ({"cached": 100}, "not 100"),
 }
 
@@ -183,7 +184,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_the_kernel_says_what_it_does_not_take(case):
     changes, message = REFUSED[case]
-    shape = {"heads": 64, "cached": 64, "latent": 128, "rope": 16, "dtype": jnp.bfloat16, **changes}
+    shape = {"heads": 64, "cached": 64, "latent": 128, "rope": 64, "dtype": jnp.bfloat16, **changes}
     operands, options = random_call((3,), **shape)
     with pytest.raises(ValueError, match=message):
         mla_decode(*operands, **options, implementation="mosaic")

@@ -62,8 +62,9 @@ def refusal(q_latent, q_rope, cache) -> str:
         return f"bfloat16 or float16, not {q_latent.dtype.name}"
     if heads % HEADS:
         return f"a multiple of {HEADS} heads, not {heads}"
-    if latent % 128 or latent > 2 * MAX_HALF_LATENT or rope % 16:
-        return f"latents of a multiple of 128 up to {2 * MAX_HALF_LATENT} and rotary keys of 16, not {latent} and {rope}"
+    # Rows are loaded in tiles of 64 columns, which a row's width has to be a multiple of.
+    if latent % 128 or latent > 2 * MAX_HALF_LATENT or rope % 64:
+        return f"latents of a multiple of 128 up to {2 * MAX_HALF_LATENT} and rotary keys of 64, not {latent} and {rope}"
     if cache.shape[1] % ROWS:
         return f"sequences or pages of a multiple of {ROWS} cache rows, not {cache.shape[1]}"
     needed = shared_memory_bytes(latent, rope)
