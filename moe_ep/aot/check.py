@@ -113,8 +113,9 @@ def compare(absent: Side, real: Side) -> list[dict]:
             compiled = absent["programs"].get(program, {})
             rows += [_row(program + suffix, what, compiled[what], sizes[what]) for what in sizes if what in compiled]
     for program, peak in real.get("peak", {}).items():
-        if peak["after"] > peak["before"]:  # else it is that of making the state
-            rows.append(_row(f"{program}, run", "peak", sum(absent["programs"][program].values()), peak["after"]))
+        compiled = absent["programs"].get(program)
+        if compiled and peak["after"] > peak["before"]:  # else it is that of making the state
+            rows.append(_row(f"{program}, run", "peak", sum(compiled.values()), peak["after"]))
     return rows
 
 

@@ -90,6 +90,7 @@ def test_the_two_devices_are_compared_byte_by_byte(tmp_path):
     assert [(row["bytes_of"], row["within_goal"]) for row in rows] == [
         ("arguments", True), ("outputs", True), ("temporaries", True), ("peak", True),
     ]  # fmt: skip
+    assert not check.compare({"programs": {"prefill": sizes}}, real)  # nor is the step whose peak was measured
     real["programs"]["train"] |= {"arguments": 101, "temporaries": 970}
     assert [row["within_goal"] for row in check.compare({"programs": {"train": sizes}}, real)] == [False, True, False, True]
 
