@@ -1,6 +1,7 @@
 """The real programs, prefill, decode and a training step, with the shapes of what they take: to compile or to time."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from moe_ep.serve.restore import abstract_parameters
 from moe_ep.train.state import abstract_state, platform_of
 from moe_ep.train.step import CHOICES, make_step
 
+_SLOP = 95  # percent of the memory left that XLA uses when nothing else is said
 CHOICES_OF_LAYERS = P(None, ALL_AXES)  # layer, token, choice
 
 
@@ -95,9 +97,24 @@ def _prefill(config: Config, mesh: Mesh, sequences: int, context: int, replay: b
     )
     tokens, lengths = _per_sequence(mesh, batch, context), _per_sequence(mesh, batch)
     choices = _replay(config, mesh, batch * context) if replay else None
-    return Program(
-        jax.jit(function), (parameters, tokens, lengths, _bias(config, mesh), choices), sequences * context
-    )
+    arguments = (parameters, tokens, lengths, _bias(config, mesh), choices)
+    options = _count_outputs_once(config, mesh, arguments, jax.eval_shape(function, *arguments))
+    return Program(jax.jit(function, compiler_options=options), arguments, sequences * context)
+
+
+def _count_outputs_once(config: Config, mesh: Mesh, arguments: tuple, outputs: Any) -> dict[str, int] | None:
+    """Returns the option by which XLA's scheduler may use the memory that a program of new outputs leaves.
+
+    What it lets itself use is the GPU's memory less arguments and outputs, and what it counts as used has the outputs
+    among it (GetSchedulerMemoryLimit in xla/service/gpu/gpu_hlo_schedule.cc): near the memory's end it would give up
+    all overlap.
+    """
+    if platform_of(mesh) != "gpu":
+        return None
+    given = sum(map(shard_bytes, jax.tree.leaves(arguments)))
+    made = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(outputs)) / mesh.size
+    left = config.cluster.device.memory_bytes - given
+    return {"xla_gpu_memory_limit_slop_factor": int(_SLOP * left / (left - made))} if made < left else None
 
 
 def _decode(config: Config, mesh: Mesh, sequences: int, context: int, replay: bool) -> Program:
@@ -127,6 +144,11 @@ def _decode(config: Config, mesh: Mesh, sequences: int, context: int, replay: bo
         return function(parameters, tokens, held["cache"], lengths, bias, replay)
 
     return Program(jax.jit(decode, donate_argnums=2), arguments, sequences)
+
+
+def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Returns the bytes that one device holds of an array."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def _summarize(reports: MoEReport) -> ServedReport:

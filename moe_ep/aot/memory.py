@@ -1,13 +1,13 @@
 """What each GPU holds: the compiler's own totals, and which part of the model the bytes belong to."""
 
 import dataclasses
-import math
 
 import jax
 
 from moe_ep.aot.collectives import scope_of
 from moe_ep.aot.hlo import Computation, Instruction, Module
 from moe_ep.aot.timeline import EXCHANGE_SCOPES
+from moe_ep.programs import shard_bytes
 
 # First match wins; names are those of the programs' arguments.
 _PARTS = (
@@ -76,17 +76,13 @@ def arguments_by_part(arguments: object) -> dict[str, int]:
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
         part = part_of(jax.tree_util.keystr(path))
-        parts[part] = parts.get(part, 0) + _shard_bytes(leaf)
+        parts[part] = parts.get(part, 0) + shard_bytes(leaf)
     return parts
 
 
 def part_of(path: str) -> str:
     """Returns the part that an argument's path belongs to."""
     return next((part for name, part in _PARTS if name in path), "other_arguments")
-
-
-def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def peak_exchange_bytes(module: Module) -> float:

@@ -109,8 +109,8 @@ def limits_page(programs: Named, summarize: Summarize, progress: Progress) -> tu
 
 
 _NEAR_MEMORY = (
-    "XLA gives up overlap near the memory's end, before a program stops fitting: what is hidden at the largest size may be "
-    "nothing, and a smaller one faster.\n\n"
+    "XLA gives up overlap at the memory's end, before a program stops fitting: at the largest size little may be hidden, and "
+    "a smaller one may be faster.\n\n"
 )
 _NAME: Columns = {"program": lambda row: row["name"]}
 _DISPATCH: Columns = {"transport, overlap": lambda row: row["dispatch"]}

@@ -56,6 +56,14 @@ def test_full_size_presets_fit_and_hide_every_exchange_but_the_last(experts, pro
 
 
 @needs_cuda_compiler
+def test_overlap_lasts_nearly_to_the_memorys_end():
+    _, _, result = compiled_preset(16, f"aot.tokens_per_gpu={12 * 1024}")
+    assert 0.95 < result["bytes_per_gpu"]["total"] / result["capacity_bytes"] < 1
+    assert result["synchronous_exchanges"] == 0
+    assert result["hidden_share"] >= 0.95
+
+
+@needs_cuda_compiler
 def test_padded_buffers_hide_what_their_bytes_allow():
     _, compiled, result = compiled_preset(128, "dispatch.transport=all_to_all")
     assert_layers_are_covered(compiled, layers=58)
