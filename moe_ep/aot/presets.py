@@ -63,10 +63,11 @@ def presets_page(programs: Named, summarize: Summarize, progress: Progress) -> t
     rows = []
     for name, config in programs.items():
         for index, choice in enumerate(overlaps_of(config)):
-            rows.append({"name": name, "is_default": index == 0, **summarize(choice)})
+            row = {"name": name, "is_default": index == 0, **summarize(choice)}
+            progress.done(f"{name}, {dispatch_name(choice)}: {verdict(row)}")
             if index:
-                rows[-1].pop("collectives")  # those of the defaults are enough for a file
-            progress.done(f"{name}, {dispatch_name(choice)}: {verdict(rows[-1])}")
+                row.pop("collectives")  # those of the defaults are enough for a file
+            rows.append(row)
     defaults = [row for row in rows if row["is_default"]]
     return rows, (
         f"{_slowest(rows)} A preset's first row is its default; training steps have 5 MoE layers and a dense one.\n\n"
