@@ -143,14 +143,16 @@ def tilings_of(problem: Problem) -> list[Tiling]:
 
 
 def make_operands(problem: Problem, key: jax.Array, groups: RowGroups) -> tuple:
-    """Returns random operands of the step, the layout of the rows last."""
+    """Returns random operands of the step, pad rows zero, the layout of the rows last."""
     keys = jax.random.split(key, 4)
+    tile = problem.rows // groups.tile_rows.shape[0]
+    holds_data = (jnp.arange(tile)[None, :] < groups.tile_rows[:, None]).reshape(-1, 1)
 
     def normal(key, shape, scale=1.0):
         return (scale * jax.random.normal(key, shape, jnp.float32)).astype(jnp.bfloat16)
 
-    rows = normal(keys[0], (problem.rows, problem.depth))
-    output = normal(keys[1], (problem.rows, problem.columns))
+    rows = jnp.where(holds_data, normal(keys[0], (problem.rows, problem.depth)), jnp.bfloat16(0))
+    output = jnp.where(holds_data, normal(keys[1], (problem.rows, problem.columns)), jnp.bfloat16(0))
     if problem.step == "weight_gradient":
         return rows, output, groups
     transposed = problem.step.endswith(("product_gradients", "rows_gradient"))

@@ -4,6 +4,7 @@ import functools
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from moe_ep.bench import compiling, tune
@@ -44,6 +45,16 @@ def test_a_candidate_that_differs_from_xla_ends_the_tuning(on_an_h100, monkeypat
     monkeypatch.setattr(mosaic, "product", lambda *operands, tiling: 1.1 * dense.STEPS.product(*operands))
     with pytest.raises(SystemExit, match="differs from XLA by 0.1"):
         tune.tune(problem, tune.compiled([problem])[problem], seed=1, samples=2, sample_seconds=0.0, measured="today")
+
+
+def test_pad_rows_are_zero_and_no_others():
+    problem = Problem("weight_gradient", 3, 8 * 128, 4, 2)
+    groups = tune.make_groups(problem, seed=1)
+    rows, output, _ = tune.make_operands(problem, jax.random.key(0), groups)
+    for values in (rows, output):
+        data = np.asarray(values != 0).any(axis=1).reshape(8, 128).sum(axis=1)
+        np.testing.assert_array_equal(data, groups.tile_rows)
+    assert 0 < int(groups.tile_rows.sum()) < problem.rows
 
 
 def test_what_xla_tunes_compiles_one_after_another_and_all_answers_have_their_names():
