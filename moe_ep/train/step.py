@@ -60,7 +60,7 @@ def _summarize(report: LossReport, global_tokens: int) -> BatchReport:
 
 
 def sum_gradients(gradients: Transformer, specs: Transformer) -> Transformer:
-    """Sums each gradient over the axes that hold copies of its parameter."""
+    """Sums each gradient over the axes that hold copies of its parameter, those of layers one by one apart."""
 
     def add(gradient: Array | tuple, spec: Any) -> Array | tuple:
         if _is_layers(gradient):
