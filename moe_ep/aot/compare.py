@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from moe_ep.aot.summary import Summarize, dispatch_name
 from moe_ep.config import Config
+from moe_ep.dispatch import most_chunks
 from moe_ep.override import apply
 from moe_ep.progress import Progress
 
@@ -27,9 +28,20 @@ def with_dispatch(config: Config, transport: str, overlap: str, chunks: int) -> 
 
 
 def choices_of(config: Config, choices: Iterable[tuple[str, str, int]] = CHOICES) -> list[Config]:
-    """Returns the config with each choice; without half batches where the sequences of a GPU are an odd number."""
-    odd = config.aot.tokens_per_gpu // config.aot.context % 2
-    return [with_dispatch(config, *choice) for choice in choices if not (odd and "staggered" in choice)]
+    """Returns the config with each choice that its batch allows: half batches of even sequences, chunks of a row at least."""
+    changed = [with_dispatch(config, *choice) for choice in choices]
+    return [one for one in changed if _allows_halves(one) and one.dispatch.chunks <= _most_chunks(one)]
+
+
+def _allows_halves(config: Config) -> bool:
+    return config.dispatch.overlap != "staggered" or config.aot.tokens_per_gpu // config.aot.context % 2 == 0
+
+
+def _most_chunks(config: Config) -> int:
+    aot, moe = config.aot, config.model.moe
+    tokens = aot.tokens_per_gpu // aot.context if aot.program == "decode" else aot.tokens_per_gpu
+    peers = config.mesh.expert or moe.num_experts
+    return most_chunks(config.dispatch, experts=moe.num_experts, peers=peers, tokens=tokens, top_k=moe.top_k)
 
 
 def compare(config: Config, summarize: Summarize, progress: Progress) -> list[dict]:

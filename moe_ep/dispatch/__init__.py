@@ -134,15 +134,20 @@ def _in_turn(
     return transport.combine(came_back, weights, plan, exchange)
 
 
-def check_chunks(dispatch: DispatchConfig, *, experts: int, peers: int, tokens: int, top_k: int) -> None:
-    """Checks that the chunks of an exchange, of sizes as in `make_exchange`, hold a row each.
-
-    Raises:
-      ConfigError: there are more chunks than a queue has rows.
-    """
+def most_chunks(dispatch: DispatchConfig, *, experts: int, peers: int, tokens: int, top_k: int) -> int:
+    """Returns the chunks that an exchange, of sizes as in `make_exchange`, has rows for."""
     sizes = {"experts": experts, "peers": peers, "tokens": tokens, "top_k": top_k}
     whole = make_exchange(dataclasses.replace(dispatch, chunks=1), **sizes)
-    rows = TRANSPORTS[whole.transport].queue_rows(whole)
+    return TRANSPORTS[whole.transport].queue_rows(whole)
+
+
+def check_chunks(dispatch: DispatchConfig, *, tokens: int, **sizes: int) -> None:
+    """Checks that the chunks of an exchange, of sizes as in `most_chunks`, hold a row each.
+
+    Raises:
+      ConfigError: there are more chunks than a buffer has rows.
+    """
+    rows = most_chunks(dispatch, tokens=tokens, **sizes)
     require(dispatch.chunks <= rows, "dispatch.chunks", dispatch.chunks,
             f"1 to {rows} with {tokens} tokens per device: a buffer has so many rows, and a chunk at least one")  # fmt: skip
 
@@ -153,5 +158,5 @@ _IN_CHUNKS = {"all_to_all": _in_turn}
 
 __all__ = [
     "TRANSPORTS", "DispatchCounts", "Exchange", "Transport", "check_chunks", "count_experts", "exchange_rows",
-    "make_exchange", "sum_counts",
+    "make_exchange", "most_chunks", "sum_counts",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 
 from moe_ep import override
 from moe_ep.aot import check, presets, summary
-from moe_ep.aot.compare import CHOICES, compare
+from moe_ep.aot.compare import CHOICES, choices_of, compare
 from moe_ep.aot.compile import compile_program
 from moe_ep.aot.summary import summarize_kept
 from moe_ep.config import ConfigError
@@ -66,6 +66,8 @@ def test_what_was_compiled_is_kept_and_not_compiled_again(monkeypatch, tmp_path)
     odd = override.apply(config, ["aot.tokens_per_gpu=3072"])
     compare(odd, summarize_kept(finished, lambda _: None), Progress("compare", 1, shown=False))
     assert {one.dispatch.overlap for one in compiled[len(CHOICES) :]} == {"none", "chunks"}
+    few = override.apply(override.load("configs/seed_e128.py"), ["aot.program=decode", "aot.tokens_per_gpu=8192"])
+    assert [one.dispatch.chunks for one in choices_of(few)] == [1, 2, 1, 1, 1, 1, 1]  # buffers of three rows
     other = override.apply(config, ["aot.context=512"])
     summarize_kept(finished, lambda _: None)(other)
     assert compiled[-1] == other
