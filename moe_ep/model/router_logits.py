@@ -15,11 +15,13 @@ from moe_ep.shapes import RouterLogits, TokenRows
 
 # A product's tiles on a GPU; with fewer of them than this a product of few rows leaves it idle.
 _TILE, _TILES_ENOUGH, _PIECE = 32, 128, 128
+# With fewer rows for each expert, taking the weights apart moves more bytes than a float32 copy of the tokens.
+_ROWS_AN_EXPERT = 2
 
 
 def logits_of(x: TokenRows, matrix: Float32[Array, "D E"]) -> RouterLogits:
     """Returns x @ matrix with products and sums in float32, differentiable; gradients likewise, rounded to each operand's type."""
-    if x.dtype == jnp.bfloat16:
+    if x.dtype == jnp.bfloat16 and x.shape[0] >= _ROWS_AN_EXPERT * matrix.shape[1]:
         return _bfloat16_logits(x, matrix)
     # HIGHEST keeps float32 products float32: GPUs would round them to TF32.
     return _product(x.astype(jnp.float32), matrix, "highest")

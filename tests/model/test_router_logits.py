@@ -23,8 +23,8 @@ def error(actual, expected):
     return np.linalg.norm(double(actual) - expected) / np.linalg.norm(expected)
 
 
-# Few rows of a width in pieces, few of another width, many rows.
-@pytest.mark.parametrize(("tokens", "width", "experts"), [(8, 256, 8), (8, 96, 5), (4096, 64, 16)])
+# Few rows of a width in pieces, few of another width, many rows; fewer than pay for taking the weights apart.
+@pytest.mark.parametrize(("tokens", "width", "experts"), [(16, 256, 8), (12, 96, 5), (4096, 64, 16), (4, 256, 8)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_products_are_float32(dtype, tokens, width, experts):
     x, matrix, gradient = operands(tokens, width, experts, dtype)
