@@ -20,14 +20,14 @@ from jaxtyping import Float32, Int32
 
 from moe_ep.config import Config
 from moe_ep.dispatch import DispatchCounts, sum_counts
-from moe_ep.mesh import ALL_AXES, TOKENS, vary
+from moe_ep.mesh import ALL_AXES, TOKENS, compiler_options, vary
 from moe_ep.model.router import mean_score
 from moe_ep.model.transformer import Transformer, by_layer, for_computation, in_stacks
 from moe_ep.shapes import Count, Scalar
 from moe_ep.train import balance
 from moe_ep.train.loss import LossReport, local_loss
 from moe_ep.train.optimizer import global_norm, make_optimizer
-from moe_ep.train.state import TrainState, abstract_state
+from moe_ep.train.state import TrainState, abstract_state, platform_of
 
 CHOICES = P(None, None, ALL_AXES)  # micro-batch, layer, token, choice
 
@@ -184,7 +184,12 @@ def make_step(config: Config, mesh: Mesh) -> Callable:
             after = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, state)
         return after, StepReport(report, norm, fits, finite, jnp.max(jnp.abs(after.bias)))
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=_options(mesh))
+
+
+def _options(mesh: Mesh) -> dict | None:
+    """What the compiler is given: options that order compute and communication, of which one device has none."""
+    return compiler_options(platform_of(mesh)) if mesh.size > 1 else None
 
 
 def make_evaluate(config: Config, mesh: Mesh) -> Callable:
@@ -201,5 +206,6 @@ def make_evaluate(config: Config, mesh: Mesh) -> Callable:
         return summary.loss, summary.dispatch.waves_needed
 
     return jax.jit(
-        jax.shard_map(on_device, mesh=mesh, in_specs=(specs, TOKENS, P()), out_specs=(P(), P()))
+        jax.shard_map(on_device, mesh=mesh, in_specs=(specs, TOKENS, P()), out_specs=(P(), P())),
+        compiler_options=_options(mesh),
     )
