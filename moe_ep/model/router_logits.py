@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32
 
+from moe_ep.kernels.grouped_matmul import varying
 from moe_ep.shapes import RouterLogits, TokenRows
 
 # A product's tiles on a GPU; with fewer of them than this a product of few rows leaves it idle.
@@ -22,7 +23,7 @@ _ROWS_AN_EXPERT = 2
 def logits_of(x: TokenRows, matrix: Float32[Array, "D E"]) -> RouterLogits:
     """Returns x @ matrix with products and sums in float32, differentiable; gradients likewise, rounded to each operand's type."""
     if x.dtype == jnp.bfloat16 and x.shape[0] >= _ROWS_AN_EXPERT * matrix.shape[1]:
-        return _bfloat16_logits(x, matrix)
+        return _bfloat16_logits(*(varying.match(operand, x, matrix) for operand in (x, matrix)))
     # HIGHEST keeps float32 products float32: GPUs would round them to TF32.
     return _product(x.astype(jnp.float32), matrix, "highest")
 

@@ -10,6 +10,7 @@ from moe_ep import override
 from moe_ep.aot import check, presets, summary
 from moe_ep.aot.compare import CHOICES, choices_of, compare
 from moe_ep.aot.compile import compile_program
+from moe_ep.aot.report import aot_table
 from moe_ep.aot.summary import summarize_kept
 from moe_ep.config import ConfigError
 from moe_ep.progress import Finished, Progress
@@ -71,6 +72,16 @@ def test_what_was_compiled_is_kept_and_not_compiled_again(monkeypatch, tmp_path)
     other = override.apply(config, ["aot.context=512"])
     summarize_kept(finished, lambda _: None)(other)
     assert compiled[-1] == other
+
+
+@pytest.mark.parametrize(("program", "said"), [("prefill", True), ("train", True), ("decode", False)])
+def test_a_program_that_attends_over_whole_sequences_says_when_cudnn_does_not(program, said):
+    settings = ["model.attention.value_dim=136", "aot.tokens_per_gpu=4096", f"aot.program={program}"]
+    config = override.apply(override.load("configs/seed_e16.py"), settings)
+    result = made_up(config) | {
+        "gpus": 16, "loops_counted_once": 0, "synchronous_exchanges": 0, "hidden_share_all_collectives": 0.5,
+    }  # fmt: skip
+    assert ("cuDNN takes heads of at most 128 values" in aot_table(config, result)) == said
 
 
 @pytest.mark.parametrize("fits", [True, False])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from moe_ep.model.router_logits import logits_of
 
@@ -37,3 +38,16 @@ def test_products_are_float32(dtype, tokens, width, experts):
     expected = double(gradient) @ double(matrix).T
     exact = jnp.asarray(expected, jnp.float32).astype(dtype)
     assert error(d_x, expected) < 1.01 * error(exact, expected) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_weights_that_devices_share_get_the_sum_of_their_gradients(dtype):
+    x, matrix, gradient = operands(32, 256, 8, dtype)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+
+    def on_device(x, matrix, gradient):
+        return jax.vjp(lambda matrix: logits_of(x, matrix), matrix)[1](gradient)[0]
+
+    specs = (P("data"), P(), P("data"))
+    d_matrix = jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P()))(x, matrix, gradient)
+    assert error(d_matrix, double(x).T @ double(gradient)) < 1e-6

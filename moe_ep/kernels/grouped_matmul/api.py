@@ -24,7 +24,7 @@ def grouped_matmul(
     """Returns activation(x @ w[group of the row]), differentiable in x and w.
 
     Args:
-      x: [R, K], rows sorted by group as `groups` says; pad rows finite.
+      x: [R, K], rows sorted by group as `groups` says; pad rows of valid tiles zero.
       w: [G, K, N], of x's type.
       groups: the layout of the rows.
       activation: None or "gelu" (tanh form), applied in float32.
