@@ -202,11 +202,62 @@ def test_a_chunk_holds_a_row(transport, most):
         check(most + 1)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_no_communication_on_one_device(transport):
-    exchange = make_exchange(DispatchConfig(transport=transport), experts=8, peers=1, tokens=64, top_k=2)
+def test_no_communication_on_one_device():
+    sizes = {"experts": 8, "peers": 1, "tokens": 64, "top_k": 2}
+    (exchange,) = {make_exchange(DispatchConfig(transport), **sizes) for transport in TRANSPORTS}
     text = compiled_text(layer_mesh(1), exchange, 8)
     assert not any(name in text for name in ("all-to-all", "all-gather", "reduce-scatter"))
+
+
+def test_chunks_and_waves_of_one_device_hold_every_row_once():
+    dispatch = DispatchConfig("all_to_all", "chunks", chunks=2, waves=2)
+    exchange = make_exchange(dispatch, experts=8, peers=1, tokens=64, top_k=2)
+    assert exchange.slices == 4
+    counts, _ = check_equal_to_oracle(layer_mesh(1), exchange, make_inputs(64, 8, 2, "zipf"))
+    assert (int(counts.rows_sent), int(counts.rows_padded), int(counts.waves_needed)) == (0, 0, 1)
+
+
+def is_pad(rows, groups):
+    """Returns which rows of valid tiles hold no data, [R, 1]."""
+    tiles = groups.tile_rows.shape[0]
+    row = jnp.arange(rows.shape[0] // tiles)[None, :]
+    valid = jnp.arange(tiles)[:, None] < groups.valid_tiles
+    return (valid & (row >= groups.tile_rows[:, None])).reshape(-1, 1)
+
+
+@jax.custom_vjp
+def spoiled_by_pad_rows(rows, groups):
+    """Returns rows, NaN if a pad row among them is not zero; gradients likewise."""
+    return jnp.where(jnp.any(is_pad(rows, groups) & (rows != 0)), jnp.nan, rows)
+
+
+spoiled_by_pad_rows.defvjp(
+    lambda rows, groups: (spoiled_by_pad_rows(rows, groups), groups),
+    lambda groups, gradient: (spoiled_by_pad_rows(gradient, groups), None),
+)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_pad_rows_and_their_gradients_are_zero(transport):
+    """As a weight gradient, which may leave them out, takes for granted."""
+    tokens, _, choices, weights = make_inputs(2 * 32, 8, 2, "zipf")
+    exchange = Exchange(8, 2, 32, 2, transport, waves=3, margin_sigmas=0.0)
+    pads = []
+
+    def on_device(tokens, choices, weights):
+        def experts(rows, groups):
+            pads.append(jnp.sum(is_pad(rows, groups)))
+            return spoiled_by_pad_rows(rows, groups)
+
+        output, pull_back = jax.vjp(lambda tokens: exchange_rows(tokens, choices, weights, experts, exchange)[0], tokens)
+        return output, pull_back(jnp.ones_like(output))[0], sum(pads)[None]
+
+    spread = jax.shard_map(on_device, mesh=layer_mesh(2), in_specs=(TOKENS,) * 3, out_specs=(TOKENS,) * 3)
+    output, gradient, padded = jax.jit(spread)(tokens, choices, weights)
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    np.testing.assert_allclose(output, tokens * total, rtol=1e-5)
+    np.testing.assert_allclose(gradient, jnp.broadcast_to(total, gradient.shape), rtol=1e-5)
+    assert (padded > 0).all()
 
 
 def test_plan_memory_is_linear_in_assignments():
