@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from moe_ep.checks import check, check_node_split
 from moe_ep.config import Config, ConfigError, MeshConfig
+from moe_ep.dispatch import check_chunks
 
 
 class Layout(NamedTuple):
@@ -47,7 +48,8 @@ def make_cells(config: Config, devices: int) -> list[Cell]:
     """Returns the grid of `config.bench` on so many devices.
 
     Raises:
-      ConfigError: more devices asked for than there are, or no combination of the lists is whole.
+      ConfigError: more devices asked for than there are, no combination of the lists is whole, or more chunks than
+        one of them has rows for.
     """
     counts = _device_counts(config, devices)
     cells = [
@@ -64,7 +66,15 @@ def make_cells(config: Config, devices: int) -> list[Cell]:
             f"--set bench.tokens_per_gpu={','.join(map(str, config.bench.tokens_per_gpu))}: allowed are multiples of one "
             f"of bench.sequences = {', '.join(map(str, config.bench.sequences))}, on at least two devices for scaling"
         )
+    for cell in cells:
+        _check_chunks(config, cell)
     return cells
+
+
+def _check_chunks(config: Config, cell: Cell) -> None:
+    for one in cell.contenders:
+        sizes = {"experts": one.layout.experts, "peers": one.layout.ep, "top_k": config.model.moe.top_k}
+        check_chunks(config.dispatch, tokens=cell.tokens_per_microbatch(one), **sizes)
 
 
 def config_of(config: Config, layout: Layout) -> Config:

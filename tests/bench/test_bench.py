@@ -62,6 +62,14 @@ def test_a_grid_that_cannot_be_is_refused(fields, message):
         make_cells(with_bench(**fields), 16)
 
 
+def test_more_chunks_than_rows_are_refused_before_anything_is_timed():
+    config = make_config()
+    config = dataclasses.replace(config, dispatch=dataclasses.replace(config.dispatch, overlap="chunks", chunks=3))
+    with pytest.raises(ConfigError, match="dispatch.chunks=3: allowed is 1 to 2 with 2 tokens"):
+        make_cells(with_bench(config), 16)
+    make_cells(with_bench(config, sequences_per_gpu=(8,)), 16)
+
+
 def test_an_unknown_routing_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="bench.routing=histogram:x: allowed is a list of uniform"):
         main.bench(with_bench(routing=("histogram:x",)), tmp_path)
