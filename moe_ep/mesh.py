@@ -128,6 +128,11 @@ def peak_bytes(mesh: Mesh) -> int | None:
     return statistics["peak_bytes_in_use"] if statistics else None
 
 
+def is_present(mesh: Mesh) -> bool:
+    """Returns whether the mesh's devices are here, not those of a cluster that is only compiled for."""
+    return mesh.devices.flat[0] in jax.devices()
+
+
 def free_bytes(mesh: Mesh) -> float:
     """Returns the bytes that each of this process's devices has free; emulated ones share half of the machine's."""
     statistics = [device.memory_stats() for device in mesh.local_devices]

@@ -15,7 +15,8 @@ from jaxtyping import Int32
 
 from moe_ep.config import Config
 from moe_ep.dispatch import DispatchCounts, check_chunks, sum_counts
-from moe_ep.mesh import ALL_AXES, TOKENS, expert_degree, vary
+from moe_ep.hardware import gpu_of_device_kind
+from moe_ep.mesh import ALL_AXES, TOKENS, expert_degree, is_present, vary
 from moe_ep.model.block import DenseBlock, MoEBlock
 from moe_ep.model.kv_cache import CACHE, make_cache, round_up_rows
 from moe_ep.model.moe import MoEReport
@@ -111,9 +112,13 @@ def _count_outputs_once(config: Config, mesh: Mesh, arguments: tuple, outputs: A
     """
     if platform_of(mesh) != "gpu":
         return None
+    kind = mesh.devices.flat[0].device_kind
+    gpu = gpu_of_device_kind(kind) if is_present(mesh) else config.cluster.device
+    if gpu is None:
+        return None
     given = sum(map(shard_bytes, jax.tree.leaves(arguments)))
     made = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(outputs)) / mesh.size
-    left = config.cluster.device.memory_bytes - given
+    left = gpu.memory_bytes - given
     return {"xla_gpu_memory_limit_slop_factor": int(_SLOP * left / (left - made))} if made < left else None
 
 

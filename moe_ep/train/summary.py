@@ -73,7 +73,8 @@ def _describe_dispatch(config: Config, mesh: Mesh) -> str:
     )
     rows = TRANSPORTS[exchange.transport].queue_rows(exchange)
     mean = tokens * moe.top_k / (peers if exchange.transport == "all_to_all" else 1)
+    how = exchange.transport if peers > 1 else "within the device"
     return (
-        f"dispatch   {exchange.transport}, {exchange.waves} wave(s) x {exchange.chunks} chunk(s); a buffer holds {rows} "
+        f"dispatch   {how}, {exchange.waves} wave(s) x {exchange.chunks} chunk(s); a buffer holds {rows} "
         f"rows where {mean:.0f} are expected; {'rows beyond are dropped' if config.dispatch.drop else 'dropless'}"
     )

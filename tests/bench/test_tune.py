@@ -31,7 +31,7 @@ def test_every_candidate_is_compiled_measured_and_written(on_an_h100):
     programs = tune.compiled([problem])[problem]
     assert list(programs.candidates) == list(tune.candidates(problem))
     entry = tune.tune(problem, programs, seed=1, samples=2, sample_seconds=0.0, measured="today")
-    fastest = min(entry.milliseconds, key=entry.milliseconds.get)
+    fastest = tune.fastest_of(entry.milliseconds)
     assert (entry.implementation == "dense") == (fastest == "dense") == (entry.tiling is None)
     paths = tune.write(str(on_an_h100), OPENING, [entry])
     assert [path.name for path in paths] == ["tune_nvidia_h100_80gb_hbm3.json", "tune_nvidia_h100_80gb_hbm3.md"]
@@ -45,6 +45,12 @@ def test_a_candidate_that_differs_from_xla_ends_the_tuning(on_an_h100, monkeypat
     monkeypatch.setattr(mosaic, "product", lambda *operands, tiling: 1.1 * dense.STEPS.product(*operands))
     with pytest.raises(SystemExit, match="differs from XLA by 0.1"):
         tune.tune(problem, tune.compiled([problem])[problem], seed=1, samples=2, sample_seconds=0.0, measured="today")
+
+
+def test_xla_is_taken_where_it_wins_by_more_than_noise():
+    assert tune.fastest_of({"dense": 1.0, "a": 1.005, "b": 1.2}) == "a"
+    assert tune.fastest_of({"dense": 1.0, "a": 1.02, "b": 1.2}) == "dense"
+    assert tune.fastest_of({"dense": 1.0, "a": 0.99, "b": 0.98}) == "b"
 
 
 def test_pad_rows_are_zero_and_no_others():
