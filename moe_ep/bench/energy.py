@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from moe_ep.bench import power
 from moe_ep.bench.timing import Contender, Times
 
 _SECONDS = 0.4  # that a contender runs alone; the counter is renewed every 20 to 100 ms
@@ -20,7 +21,7 @@ Renewals = list[tuple[float, float]]  # when the counter was seen to change, in 
 
 @functools.cache
 def counter() -> Callable[[], float] | None:
-    """Returns a function that reads the joules the first GPU has used since its driver was loaded; None without one.
+    """Returns a function that reads the joules the first visible GPU has used since its driver was loaded; None without one.
 
     Source: NVML's nvmlDeviceGetTotalEnergyConsumption, in millijoules, of Volta and later.
     """
@@ -30,8 +31,9 @@ def counter() -> Callable[[], float] | None:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
-    device, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
-    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
+    device, millijoules, gpu = ctypes.c_void_p(), ctypes.c_ulonglong(), power.first_gpu()
+    find = nvml.nvmlDeviceGetHandleByIndex_v2 if gpu.isdigit() else nvml.nvmlDeviceGetHandleByUUID
+    if nvml.nvmlInit_v2() or find(int(gpu) if gpu.isdigit() else gpu.encode(), ctypes.byref(device)):
         return None
 
     def read() -> float:
@@ -58,8 +60,8 @@ def _joules_a_call(contender, seconds_a_call, read):
             out = contender.launch()
         contender.wait(out)
         seconds = time.perf_counter() - start
-    power = watts(renewals)
-    return power and power * seconds / calls
+    mean_watts = watts(renewals)
+    return mean_watts and mean_watts * seconds / calls
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What holds a GPU's clock back while something is measured: power, clock and temperature, asked of nvidia-smi."""
 
 import contextlib
+import os
 import shutil
 import statistics
 import subprocess
@@ -8,6 +9,11 @@ from collections.abc import Iterator
 
 _FIELDS = ("power.draw", "power.limit", "clocks.sm", "clocks.max.sm", "temperature.gpu", "clocks_event_reasons.active")
 _POWER_CAP = 0x4  # NVML's clocksEventReasonSwPowerCap: the clock is lowered to stay within the power limit
+
+
+def first_gpu() -> str:
+    """Returns the first GPU that this process may use, as nvidia-smi names it: by index or UUID."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
 
 
 @contextlib.contextmanager
@@ -18,7 +24,7 @@ def watch(milliseconds: int = 100) -> Iterator[dict]:
     samples whose clock was lowered for the power limit. Empty without nvidia-smi.
     """
     summary: dict = {}
-    command = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits", "-i", "0"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits", "-i", first_gpu()]
     if shutil.which("nvidia-smi") is None:
         yield summary
         return

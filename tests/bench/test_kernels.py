@@ -183,6 +183,12 @@ def test_watts_are_between_renewals_of_the_counter_and_the_opening_reading_is_no
 def test_joules_of_a_call_are_shown_where_a_counter_is(monkeypatch):
     contenders = {"ours": Contender(lambda: time.sleep(0.01), lambda out: out)}
     assert energy.measure(contenders, {"ours": times(0.01)}) == {}  # no GPU here
+    for visible, first in ((None, "0"), ("", "0"), ("3,1", "3"), ("GPU-8a56, GPU-11", "GPU-8a56")):
+        with monkeypatch.context() as patch:
+            patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+            if visible is not None:
+                patch.setenv("CUDA_VISIBLE_DEVICES", visible)
+            assert power.first_gpu() == first
     monkeypatch.setattr(energy, "counter", lambda: itertools.count().__next__)  # another joule with every reading
     monkeypatch.setattr(energy, "_SECONDS", 0.05)
     measured = {"ours": {"error": 0.0, "seconds": 2.0, "spread": 0.0, "flops_per_s": 5e12, "bytes_per_s": 0.0}}

@@ -51,6 +51,7 @@ def row_product(
     product: RowProduct, xs: tuple, ws: tuple, sides: tuple, groups: RowGroups, tiling: Tiling
 ) -> tuple[jax.Array, ...]:
     """Runs the kernel: xs [R, K] one per pass, ws [G, K, N] one per pass and accumulator, sides [R, N]."""
+    assert product.accumulators == 1 or not product.sides, "a side's chunk comes in the place of one x and one w tile"
     rows, depth = xs[0].shape
     columns = ws[0].shape[1 if product.transposed else 2]
     body = functools.partial(_body, product, tiling, depth, columns)
