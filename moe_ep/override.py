@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import runpy
+import traceback
 import types
 import typing
 from typing import Literal
@@ -36,11 +37,17 @@ def load(path: str) -> Config:
         raise ConfigError(f"--config={path}: allowed is a readable Python file ({error.strerror})") from error
     except Exception as error:  # whatever a user's file raises is the file's
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        raise ConfigError(f"--config={path}: allowed is a Python file that runs ({reason})") from error
+        raise ConfigError(f"--config={path}: allowed is a Python file that runs ({_place(error, path)}{reason})") from error
     config = names.get("config")
     if not isinstance(config, Config):
         raise ConfigError(f"--config={path}: allowed is a file that sets config = Config(...), it has {config!r}")
     return config
+
+
+def _place(error: Exception, path: str) -> str:
+    """Returns "line N: " of the config file's last line that led to the error; "" where none ran, as of wrong syntax."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f"line {lines[-1]}: " if lines else ""
 
 
 def _assign(part: typing.Any, path: list[str], text: str, full_name: str) -> typing.Any:

@@ -107,11 +107,16 @@ def test_any_text_is_taken_or_refused_with_one_line(text):
         assert "--set" in str(error)
 
 
-@pytest.mark.parametrize("text", ["config = 3", "config = Nothing()", "def f(:", "import nowhere_at_all"])
-def test_a_config_file_that_does_not_make_a_config_is_refused(text, tmp_path):
+@pytest.mark.parametrize(("text", "where"), [
+    ("config = 3", "it has 3"),
+    ("\nconfig = Nothing()", "line 2: NameError"),
+    ("def f(:", "line 1"),
+    ("import nowhere_at_all", "line 1: ModuleNotFoundError"),
+])  # fmt: skip
+def test_a_config_file_that_does_not_make_a_config_is_refused(text, where, tmp_path):
     path = tmp_path / "wrong.py"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="--config="):
+    with pytest.raises(ConfigError, match=f"--config=.*{where}"):
         override.load(str(path))
 
 

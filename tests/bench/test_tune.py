@@ -53,6 +53,15 @@ def test_xla_is_taken_where_it_wins_by_more_than_noise():
     assert tune.fastest_of({"dense": 1.0, "a": 0.99, "b": 0.98}) == "b"
 
 
+@pytest.mark.parametrize("entry", [entry for entries in table.read(table.PATH).values() for entry in entries])
+def test_what_the_table_chooses_follows_from_its_times(entry):
+    fastest = tune.fastest_of(entry.milliseconds)
+    tiling = entry.tiling
+    chosen = f"{tiling.consumers}x64x{tiling.columns}, {tiling.stages} stages, " if tiling else entry.implementation
+    assert fastest.startswith(chosen)
+    assert (entry.implementation == "mosaic") == (tiling is not None)
+
+
 def test_pad_rows_are_zero_and_no_others():
     problem = Problem("weight_gradient", 3, 8 * 128, 4, 2)
     groups = tune.make_groups(problem, seed=1)
