@@ -1,7 +1,7 @@
 """Times of several functions of one process, taken in turns so that all see the same clocks and heat."""
 
 from collections.abc import Callable
-import random
+import itertools
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -37,16 +37,26 @@ def measure_in_turns(contenders: dict[str, Contender], samples: int, sample_seco
 
     A sample launches enough calls back to back to last about `sample_seconds`, so
     the host's part hides behind the device's, and waits once. The order changes with
-    every sample: who follows a contender that leaves the GPU cool is faster.
+    every sample so that each follows each other one equally often: who follows a
+    contender that leaves the GPU cool is faster.
     """
     calls = {name: _calls_to_fill(contender, sample_seconds) for name, contender in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    order, shuffle = list(contenders), random.Random(0).shuffle
-    for _ in range(samples):
-        shuffle(order)
+    for order in itertools.islice(itertools.cycle(balanced_orders(list(contenders))), samples):
         for name in order:
             seconds[name].append(_seconds_a_call(contenders[name], calls[name]))
     return {name: _summary(values, calls[name]) for name, values in seconds.items()}
+
+
+def balanced_orders(names: list[str]) -> list[list[str]]:
+    """Returns orders in which, taken together, each name directly follows each other one equally often.
+
+    Source: Williams, Experimental designs balanced for the estimation of residual effects of treatments, 1949.
+    """
+    count = len(names)
+    zigzag = [(index + 1) // 2 if index % 2 else (count - index // 2) % count for index in range(count)]
+    orders = [[names[(place + shift) % count] for place in zigzag] for shift in range(count)]
+    return orders if count % 2 == 0 else orders + [order[::-1] for order in orders]
 
 
 def _calls_to_fill(contender, sample_seconds):
