@@ -43,6 +43,8 @@ def measure_in_turns(contenders: dict[str, Contender], samples: int, sample_seco
     calls = {name: _calls_to_fill(contender, sample_seconds) for name, contender in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for order in itertools.islice(itertools.cycle(balanced_orders(list(contenders))), samples):
+        # Behind itself, not behind the last of the order before, which would be the same one each time.
+        _seconds_a_call(contenders[order[0]], calls[order[0]])
         for name in order:
             seconds[name].append(_seconds_a_call(contenders[name], calls[name]))
     return {name: _summary(values, calls[name]) for name, values in seconds.items()}
