@@ -34,8 +34,9 @@ def test_samples_are_taken_in_turns():
     contenders = {name: Contender(lambda name=name: launched.append(name), lambda out: out) for name in ("a", "b")}
     measured = timing.measure_in_turns(contenders, samples=4, sample_seconds=0.0)
     calls = measured["a"].calls
-    for turn in np.reshape(launched[-4 * 2 * calls :], (4, 2, calls)):
-        assert sorted(turn.tolist()) == [["a"] * calls, ["b"] * calls]
+    # The first of a turn runs once more before it, untimed.
+    for before, *turn in np.reshape(launched[-4 * 3 * calls :], (4, 3, calls)).tolist():
+        assert sorted(turn) == [["a"] * calls, ["b"] * calls] and turn[0] == before
     low, high = measured["a"].quartiles
     assert measured["a"].samples == 4 and low <= measured["a"].median <= high
 
