@@ -117,9 +117,12 @@ def shardings(mesh: Mesh, specs: object) -> object:
     )
 
 
-def has_gpu() -> bool:
-    """Returns whether jax runs on a GPU here; one that is absent may still be compiled for."""
-    return jax.default_backend() == "gpu"
+def gpu_capability() -> tuple[int, int] | None:
+    """Returns the CUDA compute capability of the GPU that jax runs on here, None without one; absent ones do not count."""
+    if jax.default_backend() != "gpu":
+        return None
+    major, minor = jax.local_devices()[0].compute_capability.split(".")
+    return int(major), int(minor)
 
 
 def peak_bytes(mesh: Mesh) -> int | None:

@@ -21,6 +21,7 @@ from moe_ep.config import (
     to_json,
 )
 from moe_ep.parameter_counts import active_parameters, forward_flops_per_token, parameters_by_part
+from moe_ep.model import mla
 from moe_ep.model.transformer import Transformer, for_platform
 
 PRESETS = sorted(glob.glob("configs/*.py"))
@@ -60,6 +61,13 @@ def test_attention_is_cudnns_where_it_takes_the_heads(platform, settings, implem
             for_platform(insisting.model, platform)
     else:
         assert for_platform(insisting.model, platform) == insisting.model
+
+
+@pytest.mark.parametrize(("capability", "implementation"), [(None, "xla"), ((8, 0), "xla"), ((9, 0), "cudnn"), ((10, 0), "cudnn")])
+def test_wide_heads_are_cudnns_from_hopper_on(monkeypatch, capability, implementation):
+    monkeypatch.setattr(mla, "gpu_capability", lambda: capability)
+    config = override.apply(Config(), ["model.attention.nope_dim=192"]).model
+    assert for_platform(config, "gpu").attention.implementation == implementation
 
 
 def test_weights_per_gpu_of_the_reference_model():

@@ -59,7 +59,12 @@ def overlap_of(config: Config) -> str:
 
 def gpus_of(config: Config) -> int:
     """Returns the GPUs that a config's mesh asks for; one expert each where it does not say."""
-    return (config.mesh.data or 1) * (config.mesh.expert or config.model.moe.num_experts)
+    return (config.mesh.data or 1) * peers_of(config)
+
+
+def peers_of(config: Config) -> int:
+    """Returns the GPUs on the expert axis; one expert each where the config does not say."""
+    return config.mesh.expert or config.model.moe.num_experts
 
 
 def absent_mesh(config: Config) -> Mesh:

@@ -6,10 +6,11 @@ import json
 import pathlib
 from collections.abc import Callable
 
-from moe_ep.aot.compile import Compiled, compile_program, gpus_of, overlap_of
+from moe_ep.aot.compile import Compiled, compile_program, gpus_of, overlap_of, peers_of
 from moe_ep.aot.schedule import data_dependent_loops
 from moe_ep.aot.timeline import Timeline, Transfer
 from moe_ep.config import Config, ConfigError
+from moe_ep.dispatch.exchange import transport_of
 from moe_ep.progress import Finished
 from moe_ep.results import provenance
 
@@ -35,7 +36,7 @@ def summarize(config: Config, compiled: Compiled) -> dict:
         "cluster": dataclasses.asdict(config.cluster),
         "dispatch": dispatch_name(config),
         "overlap": overlap_of(config),
-        "transport": config.dispatch.transport,
+        "transport": transport_of(config.dispatch, peers_of(config)),
         "chunks": config.dispatch.chunks,
         "tokens_per_gpu": config.aot.tokens_per_gpu,
         "context": config.aot.context,
@@ -147,4 +148,4 @@ def dispatch_name(config: Config) -> str:
     dispatch = config.dispatch
     chunks = f"{dispatch.chunks} chunks" if dispatch.chunks > 1 else "no overlap"
     overlaps = {"none": "no overlap", "chunks": chunks, "staggered": "staggered"}
-    return f"{dispatch.transport}, {overlaps[overlap_of(config)]}"
+    return f"{transport_of(dispatch, peers_of(config))}, {overlaps[overlap_of(config)]}"

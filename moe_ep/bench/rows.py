@@ -7,6 +7,7 @@ from moe_ep.bench.grid import Cell
 from moe_ep.bench.running import Running
 from moe_ep.bench.steps import summarize
 from moe_ep.bench.work import exchange_bytes, gradient_bytes, least_bytes
+from moe_ep.dispatch.exchange import transport_of
 from moe_ep.hardware import gpu_of_device_kind
 
 
@@ -39,7 +40,7 @@ def make_row(cell: Cell, running: Running, routing: str, seconds: np.ndarray, ce
         "sequence": cell.context,
         "tokens_per_microbatch": tokens,
         "routing": routing,
-        "transport": config.dispatch.transport,
+        "transport": transport_of(config.dispatch, layout.ep),
         "tokens_per_s": tokens_per_s,
         "ms_per_step": step_ms["median"],
         "ms_per_token_median": step_ms["median"] * per_token,

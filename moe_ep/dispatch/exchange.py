@@ -71,18 +71,21 @@ def sum_counts(counts: DispatchCounts) -> DispatchCounts:
 
 def make_exchange(dispatch: DispatchConfig, *, experts: int, peers: int, tokens: int, top_k: int) -> Exchange:
     """Returns the sizes for `tokens` on each of `peers` devices."""
-    # On one device no row travels: it is gathered once, from its token to its expert, as all_gather's receivers do.
-    transport = dispatch.transport if peers > 1 else "all_gather"
     return Exchange(
         experts=experts,
         peers=peers,
         tokens=tokens,
         top_k=top_k,
-        transport=transport,
+        transport=transport_of(dispatch, peers),
         waves=dispatch.waves,
         chunks=dispatch.chunks if dispatch.overlap == "chunks" else 1,
         margin_sigmas=dispatch.margin_sigmas,
     )
+
+
+def transport_of(dispatch: DispatchConfig, peers: int) -> str:
+    """Returns the transport that is used: on one device no row travels, each is gathered once, as all_gather's receivers do."""
+    return dispatch.transport if peers > 1 else "all_gather"
 
 
 # What arrived by a collective, under the name by which a backward pass may keep it.

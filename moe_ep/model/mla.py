@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from moe_ep.config import AttentionConfig
 from moe_ep.kernels.mla_decode import mla_decode
-from moe_ep.mesh import GPU, has_gpu
+from moe_ep.mesh import GPU, gpu_capability
 from moe_ep.model.kv_cache import Lengths, Pages, read, write
 from moe_ep.model.norm import RMSNorm, rotate
 from moe_ep.model.parameter import matrix, whole
@@ -187,8 +187,9 @@ def cudnn_refusal(config: AttentionConfig) -> str:
     """Returns why cuDNN's attention does not take heads of these sizes, "" if it does."""
     width = _cudnn_width(config.query_dim, config.value_dim)
     # What jax allows: it looks for a GPU to ask, though one may only be compiled for.
-    widest = 256 if has_gpu() else 128
-    where = "" if has_gpu() else " where there is no GPU"
+    capability = gpu_capability()
+    widest = 256 if capability is not None and capability >= (9, 0) else 128
+    where = " where there is no GPU" if capability is None else ""
     return "" if width <= widest else f"heads of at most {widest} values{where}, not {width}"
 
 

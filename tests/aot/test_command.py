@@ -74,6 +74,12 @@ def test_what_was_compiled_is_kept_and_not_compiled_again(monkeypatch, tmp_path)
     assert compiled[-1] == other
 
 
+def test_one_gpu_is_said_to_send_nothing():
+    alone = override.apply(override.load("configs/seed_e16.py"), ["mesh.expert=1"])
+    assert summary.describe(alone).endswith("1 x paper_h100, all_gather, staggered")
+    assert "all_to_all" in summary.describe(override.load("configs/seed_e16.py"))
+
+
 @pytest.mark.parametrize(("program", "said"), [("prefill", True), ("train", True), ("decode", False)])
 def test_a_program_that_attends_over_whole_sequences_says_when_cudnn_does_not(program, said):
     settings = ["model.attention.value_dim=136", "aot.tokens_per_gpu=4096", f"aot.program={program}"]
