@@ -6,9 +6,9 @@ import jax
 
 HOPPER = ("h100", "h200", "h800", "h20", "gh200")
 
-# The same processor with other memory. What was measured on the second is taken for the first until that is
+# The same processor on other boards. What was measured on the second is taken for the first until that is
 # measured: an inference, good for tiles and products, less so where memory decides.
-MEASURED_AS = {"h100": "h200", "h800": "h200", "gh200": "h200"}
+MEASURED_AS = {"h800": "h100", "gh200": "h200"}
 
 
 def gpu_model(kind: str) -> str | None:
