@@ -108,17 +108,21 @@ def fill_ring(load: Callable, steps, first_step, full, empty, stages: int):
     return lax.fori_loop(0, steps, fill, first_step)
 
 
-def drain_ring(multiply: Callable, products: int, steps, first_step, full, empty, stages: int):
+def drain_ring(multiply: Callable, products: int, steps, first_step, full, empty, stages: int, under: Sequence[Callable] = ()):
     """Issues `multiply(slot)`, `products` wgmma each, for the steps of one tile; returns the ring's next step.
 
     A stage is handed back one step late, so that the tensor cores always have the
     next product queued.
+
+    Args:
+      under: called one a step while the first steps' products run; no more than there are steps.
     """
 
-    def drain(index, step):
+    def drain(index, step, work=lambda: None):
         slot = lax.rem(step, jnp.int32(stages))
         plgpu.barrier_wait(full.at[slot])
         multiply(slot)
+        work()
         plgpu.wgmma_wait(products)
 
         @pl.when(index > 0)
@@ -127,7 +131,10 @@ def drain_ring(multiply: Callable, products: int, steps, first_step, full, empty
 
         return step + 1
 
-    next_step = lax.fori_loop(0, steps, drain, first_step)
+    step = first_step
+    for index, work in enumerate(under):
+        step = drain(index, step, work)
+    next_step = lax.fori_loop(len(under), steps, drain, step)
     plgpu.wgmma_wait(0)
 
     @pl.when(steps > 0)
@@ -146,12 +153,13 @@ def await_empty(next_step, empty, stages: int):
     lax.fori_loop(lax.max(next_step - stages, jnp.int32(0)), next_step, wait, None)
 
 
-def for_own_tiles(tiles, body: Callable):
-    """Calls `body(tile, step) -> step` for each of this CTA's tiles; returns the ring's next step."""
+def for_own_tiles(tiles, body: Callable, carry=None):
+    """Calls `body(tile, carry) -> carry` for each of this CTA's tiles; carried is the ring's next step, at least."""
     ctas = jnp.int32(lax.axis_size(MULTIPROCESSOR))
     own = lax.axis_index(MULTIPROCESSOR)
+    carry = jnp.int32(0) if carry is None else carry
     count = lax.div(tiles - own + ctas - 1, ctas)
-    return lax.fori_loop(0, count, lambda index, step: body(own + index * ctas, step), jnp.int32(0))
+    return lax.fori_loop(0, count, lambda index, carry: body(own + index * ctas, carry), carry)
 
 
 def take_stage(ring, own_rows, step, full, empty, stages: int) -> jax.Array:
@@ -179,7 +187,7 @@ def store_chunks(accumulators: Sequence[jax.Array], outputs: Sequence, read_side
         columns = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
         values = epilogue(tuple(value[:, columns] for value in accumulators), read_sides(chunk))
         for output, value in zip(outputs, values, strict=True):
-            _store_chunk(value, output.at[:, columns], slots.at[stored % STORE_SLOTS])
+            store_chunk(value, output.at[:, columns], slots.at[stored % STORE_SLOTS])
             stored += 1
 
 
@@ -189,7 +197,8 @@ def no_sides(chunk: int) -> tuple:
     return ()
 
 
-def _store_chunk(chunk, output, slot):
+def store_chunk(chunk, output, slot):
+    """Stores a chunk through a slot whose last store was STORE_SLOTS stores ago."""
     plgpu.wait_smem_to_gmem(STORE_SLOTS - 1, wait_read_only=True)
     slot[...] = chunk.astype(output.dtype)
     plgpu.commit_smem()

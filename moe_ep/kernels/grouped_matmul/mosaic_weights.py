@@ -12,7 +12,7 @@ from moe_ep.kernels import device
 from moe_ep.kernels.grouped_matmul import mosaic_parts as parts
 from moe_ep.kernels.grouped_matmul import varying
 from moe_ep.kernels.grouped_matmul.groups import RowGroups
-from moe_ep.kernels.grouped_matmul.mosaic_parts import DEPTH, Tiling
+from moe_ep.kernels.grouped_matmul.mosaic_parts import CHUNK, DEPTH, Tiling
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array, groups: RowGroups, group_count: int, tiling: Tiling) -> jax.Array:
@@ -72,25 +72,60 @@ def _body(tiling: Tiling, first_steps, step_counts, x, dy, out, *, x_ring, dy_ri
 
     def consume(warpgroup):
         own_columns = pl.ds(warpgroup * 64, 64)
+        chunk_count = tiling.columns // CHUNK
 
-        def compute_tile(tile, ring_step):
+        def stores(tile, chunks):
+            """Returns what stores each chunk of a tile."""
             group, row_tile, column_tile = position(tile)
-            row_slice = pl.ds(row_tile * tiling.rows + warpgroup * 64, 64)
-            column_slice = pl.ds(column_tile * tiling.columns, tiling.columns)
+            block = out.at[group, pl.ds(row_tile * tiling.rows + warpgroup * 64, 64)]
+
+            def store(index, chunk):
+                if index == 0:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                columns = pl.ds(column_tile * tiling.columns + index * CHUNK, CHUNK)
+                parts.store_chunk(chunk, block.at[:, columns], slots.at[warpgroup, index % parts.STORE_SLOTS])
+
+            return [functools.partial(store, index, chunk) for index, chunk in enumerate(chunks)]
+
+        def compute_tile(tile, carry):
+            ring_step, held_tile, held = carry
+            steps = step_counts[lax.div(tile, jnp.int32(tiles_per_group))]
+            store_held = stores(lax.max(held_tile, 0), held)
 
             def accumulate(accumulator):
                 def multiply(slot):
                     own_x = x_ring.at[slot, :, own_columns].transpose((1, 0))
                     plgpu.wgmma(accumulator, own_x, dy_ring.at[slot])
 
-                parts.drain_ring(multiply, 1, step_counts[group], ring_step, full, empty, tiling.stages)
-                block = out.at[group, row_slice, column_slice]
-                parts.store_chunks([accumulator[...]], [block], parts.no_sides, lambda values, _: values, slots.at[warpgroup])
+                drain = functools.partial(parts.drain_ring, multiply, 1, steps, ring_step, full, empty, tiling.stages)
 
-            pl.run_scoped(accumulate, plgpu.ACC((64, tiling.columns), jnp.float32))
-            return ring_step + step_counts[group]
+                def store_first():
+                    @pl.when(held_tile >= 0)
+                    def _():
+                        for store in store_held:
+                            store()
 
-        parts.for_own_tiles(group_count * tiles_per_group, compute_tile)
+                    return drain()
+
+                store_under = (held_tile >= 0) & (steps >= chunk_count)
+                next_step = lax.cond(store_under, lambda: drain(under=store_held), store_first)
+                value = accumulator[...]
+                chunks = (value[:, index * CHUNK : (index + 1) * CHUNK] for index in range(chunk_count))
+                return next_step, tile, tuple(chunk.astype(out.dtype) for chunk in chunks)
+
+            return pl.run_scoped(accumulate, plgpu.ACC((64, tiling.columns), jnp.float32))
+
+        # A tile is held in registers and stored under the next one's products, or the tensor cores would wait for it.
+        nothing = (jnp.zeros((64, CHUNK), out.dtype),) * chunk_count
+        _, last_tile, last = parts.for_own_tiles(
+            group_count * tiles_per_group, compute_tile, (jnp.int32(0), jnp.int32(-1), nothing)
+        )
+
+        @pl.when(last_tile >= 0)
+        def _():
+            for store in stores(last_tile, last):
+                store()
+
         plgpu.wait_smem_to_gmem(0)
 
     parts.split_roles(tiling, produce, consume)
