@@ -98,7 +98,8 @@ def _check_training(config: Config) -> None:
 
 
 def _check_bench(bench: BenchConfig) -> None:
-    for name in ("studies", "phases", "sequences", "tokens_per_gpu", "sequences_per_gpu", "routing", "transports"):
+    for name in ("studies", "phases", "sequences", "tokens_per_gpu", "sequences_per_gpu", "routing", "transports",
+                 "dispatches"):  # fmt: skip
         require(len(getattr(bench, name)) > 0, f"bench.{name}", "", "at least one")
     for name in ("baselines", "devices", "sequences", "tokens_per_gpu", "sequences_per_gpu"):
         values = getattr(bench, name)

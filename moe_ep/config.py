@@ -265,12 +265,16 @@ class BenchConfig:
     """What `--mode=bench` times. Every combination of the lists is a row; "per GPU" is per device, emulated ones too."""
 
     # layouts: one expert a device beside the baselines, on all devices. strong: one model and one
-    # global batch on more and more devices. weak: experts grow with the devices. all_to_all: the
-    # transports' collectives alone, over message sizes.
-    studies: tuple[Literal["layouts", "strong", "weak", "all_to_all"], ...] = ("layouts", "strong", "weak")
+    # global batch on more and more devices. weak: experts grow with the devices. dispatch: ways for
+    # rows to travel, on those layouts. all_to_all: the transports' collectives alone, over message sizes.
+    studies: tuple[Literal["layouts", "strong", "weak", "dispatch", "all_to_all"], ...] = ("layouts", "strong", "weak")
     phases: tuple[Literal["prefill", "decode", "train"], ...] = ("prefill", "decode", "train")
     baselines: tuple[int, ...] = (4, 8, 16)  # EP degrees; those that divide devices and experts are timed
     devices: tuple[int, ...] = ()  # of the scaling studies; none: doubled from 2 up to all
+    dispatches: tuple[str, ...] = (  # of the dispatch study: TRANSPORT:OVERLAP, or TRANSPORT:chunks:CHUNKS
+        "all_to_all:none", "all_to_all:chunks:2", "all_to_all:staggered", "all_gather:none", "all_gather:staggered",
+        "ragged:none", "ragged:staggered",
+    )  # fmt: skip
     sequences: tuple[int, ...] = (128,)  # tokens of one; in decode those it has
     tokens_per_gpu: tuple[int, ...] = (512,)  # of a micro-batch in prefill and training
     sequences_per_gpu: tuple[int, ...] = (8,)  # of a micro-batch in decode, one token each
@@ -278,6 +282,7 @@ class BenchConfig:
     routing: tuple[str, ...] = ("uniform", "zipf:1.0", "text")
     turns: int = 3  # the layouts take turns, in changing order ...
     steps: int = 4  # ... of so many steps each
+    ceilings: bool = True  # on a GPU, first what a copy and a product reach at most
     profile: bool = False  # on a GPU, also how long it idles between kernels
     predict: bool = False  # also the full-size comparison, by the simulator
     transports: tuple[Literal["all_to_all", "all_gather", "ragged"], ...] = ("all_to_all", "all_gather", "ragged")

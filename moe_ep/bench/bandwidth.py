@@ -165,6 +165,7 @@ def measure_bandwidth(config: Config, messages: list[Message], finished: Finishe
     for message in messages:
         key = make_key("bandwidth", message, config.bench.transports, dataclasses.asdict(config.cluster))
         if finished.get(key) is None:
+            progress.say(f"{human_bytes(message.bytes)}: compiles, checks and times {', '.join(config.bench.transports)}")
             finished.add(key, list(_measure(message, config)))
         rows += finished.get(key)
         fastest = max(finished.get(key), key=lambda row: row["bus_bytes_per_s"])

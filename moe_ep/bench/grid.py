@@ -1,4 +1,4 @@
-"""What the studies time: layouts side by side, and device counts for scaling."""
+"""What the studies time: layouts side by side, ways for rows to travel, and device counts for scaling."""
 
 import dataclasses
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 from moe_ep.checks import check, check_node_split
 from moe_ep.config import Config, ConfigError, MeshConfig
 from moe_ep.dispatch import check_chunks
+from moe_ep.override import apply
 
 
 class Layout(NamedTuple):
@@ -29,10 +30,11 @@ class Contender(NamedTuple):
 
     layout: Layout
     sequences: int  # of each device
+    dispatch: str = ""  # a name of bench.dispatches; "": the run's own
 
 
 class Cell(NamedTuple):
-    """Contenders that are timed in turns: the same work by the same devices, or a scaling curve."""
+    """Contenders that are timed in turns: the same work by the same devices, a scaling curve, or one alone."""
 
     study: str
     phase: str
@@ -53,13 +55,14 @@ def make_cells(config: Config, devices: int) -> list[Cell]:
     """
     counts = _device_counts(config, devices)
     cells = [
-        Cell(study, phase, context, contenders)
+        Cell(study, phase, context, together)
         for study in config.bench.studies
         if study in _STUDIES
         for phase in config.bench.phases
         for context in config.bench.sequences
         for sequences in _sequences(config, phase, context)
         if (contenders := _STUDIES[study](config, devices, counts, sequences))
+        for together in ([(one,) for one in contenders] if study == "dispatch" else [contenders])
     ]
     if not cells and set(config.bench.studies) & set(_STUDIES):
         raise ConfigError(
@@ -74,18 +77,35 @@ def make_cells(config: Config, devices: int) -> list[Cell]:
 def _check_chunks(config: Config, cell: Cell) -> None:
     for one in cell.contenders:
         sizes = {"experts": one.layout.experts, "peers": one.layout.ep, "top_k": config.model.moe.top_k}
-        check_chunks(config.dispatch, tokens=cell.tokens_per_microbatch(one), **sizes)
+        check_chunks(config_of(config, one).dispatch, tokens=cell.tokens_per_microbatch(one), **sizes)
 
 
-def config_of(config: Config, layout: Layout) -> Config:
-    """Returns the run's config with a layout's experts and mesh."""
+def config_of(config: Config, contender: Contender) -> Config:
+    """Returns the run's config with a contender's experts, mesh and dispatch."""
+    layout = contender.layout
     moe = dataclasses.replace(config.model.moe, num_experts=layout.experts)
     return dataclasses.replace(
-        config,
+        _with_dispatch(config, contender.dispatch) if contender.dispatch else config,
         model=dataclasses.replace(config.model, moe=moe),
         mesh=MeshConfig(layout.data, layout.ep),
         train=dataclasses.replace(config.train, accumulation=1),
     )
+
+
+def _with_dispatch(config: Config, name: str) -> Config:
+    """Returns the config with the transport, overlap and chunks that a name of bench.dispatches gives.
+
+    Raises:
+      ConfigError: a name that says something else, or what does not go together.
+    """
+    transport, overlap, chunks = (name.split(":") + ["1"])[:3] if name.count(":") in (1, 2) else ("", "", "")
+    fields = {"transport": transport, "overlap": overlap, "chunks": chunks}
+    try:
+        return check(apply(config, [f"dispatch.{field}={value}" for field, value in fields.items()]))
+    except ConfigError as error:
+        raise ConfigError(
+            f"--set bench.dispatches={name}: allowed is TRANSPORT:OVERLAP or TRANSPORT:chunks:CHUNKS ({error})"
+        ) from None
 
 
 def _device_counts(config: Config, devices: int) -> list[int]:
@@ -110,6 +130,15 @@ def _side_by_side(config: Config, devices: int, counts: list[int], sequences: in
     return tuple(Contender(_layout(experts, degree, devices), sequences) for degree in reversed(chosen))
 
 
+def _dispatches(config: Config, devices: int, counts: list[int], sequences: int) -> tuple[Contender, ...]:
+    """Every layout with every dispatch, half batches where there are halves; each alone, for two states may not fit."""
+    layouts = [one.layout for one in _side_by_side(config, devices, counts, sequences)]
+    contenders = [Contender(layout, sequences, name) for layout in layouts for name in config.bench.dispatches]
+    return tuple(
+        one for one in contenders if sequences % 2 == 0 or config_of(config, one).dispatch.overlap != "staggered"
+    )
+
+
 def _strong(config: Config, devices: int, counts: list[int], sequences: int) -> tuple[Contender, ...]:
     """The model and the global batch of the largest count, on each."""
     experts, most = config.model.moe.num_experts, counts[-1] if counts else 1
@@ -126,8 +155,8 @@ def _weak(config: Config, devices: int, counts: list[int], sequences: int) -> tu
     for count in counts:
         experts, rest = divmod(config.model.moe.num_experts * count, most)
         degrees = _degrees(config, experts, count) if not rest else []
-        if degrees and _can_be(config, layout := _layout(experts, degrees[-1], count)):
-            contenders.append(Contender(layout, sequences))
+        if degrees and _can_be(config, one := Contender(_layout(experts, degrees[-1], count), sequences)):
+            contenders.append(one)
     return tuple(contenders)
 
 
@@ -148,9 +177,9 @@ def _fits_nodes(degree: int, gpus_per_node: int) -> bool:
     return True
 
 
-def _can_be(config: Config, layout: Layout) -> bool:
+def _can_be(config: Config, contender: Contender) -> bool:
     try:
-        check(config_of(config, layout))
+        check(config_of(config, contender))
     except ConfigError:
         return False
     return True
@@ -160,4 +189,4 @@ def _layout(experts: int, ep: int, devices: int) -> Layout:
     return Layout("proposed" if ep == experts else "baseline", experts, ep, devices // ep)
 
 
-_STUDIES = {"layouts": _side_by_side, "strong": _strong, "weak": _weak}
+_STUDIES = {"layouts": _side_by_side, "dispatch": _dispatches, "strong": _strong, "weak": _weak}

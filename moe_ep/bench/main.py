@@ -39,9 +39,9 @@ def bench(config: Config, workdir: Path) -> dict:
     messages = make_messages(config, jax.device_count())
     finished = _open(workdir, first)
     emulated = jax.default_backend() == "cpu"
-    ceilings = {} if emulated or not cells else measure_ceilings()
     progress = Progress("bench", len(cells) * len(config.bench.routing) + len(messages), shown=first)
     try:
+        ceilings = {} if emulated or not cells or not config.bench.ceilings else _measure_ceilings(progress)
         rows = sweep(config, cells, finished, progress, ceilings)
         bandwidth = measure_bandwidth(config, messages, finished, progress)
     finally:
@@ -69,6 +69,11 @@ _TABLES = {"bench": as_markdown, "all_to_all": bandwidth_table}
 def _documents(result: dict) -> dict[str, str]:
     """Returns the Markdown of what was asked for, by topic."""
     return {topic: table(result) for topic, table in _TABLES.items() if result[_ROWS_OF[topic]]}
+
+
+def _measure_ceilings(progress: Progress) -> dict[str, float]:
+    progress.say("measures the device's copy and product")
+    return measure_ceilings()
 
 
 def _open(workdir: Path, writes: bool) -> Finished:

@@ -46,7 +46,7 @@ class Running:
 
     def __init__(self, config: Config, cell: Cell, contender: Contender, served: dict[Layout, Transformer]):
         self.contender, self.context = contender, cell.context
-        self.config = config_of(config, contender.layout)
+        self.config = config_of(config, contender)
         devices = some_devices(contender.layout.devices)
         self.mesh = make_mesh(self.config.mesh, self.config.cluster, contender.layout.experts, devices)
         self.batch = contender.sequences * self.mesh.size
@@ -81,6 +81,11 @@ class Running:
         dispatch = jax.tree.map(int, self._dispatch)
         rows = (dispatch.rows_sent, dispatch.rows_padded, dispatch.rows_dropped)
         return Counted(np.asarray(counts), int(away) / self.mesh.size, *rows)
+
+    @property
+    def loss(self) -> float | None:
+        """The loss behind the batches that `start` ran, of a step that has one: layouts and dispatches differ in rounding."""
+        return None
 
     @property
     def waves(self) -> int:
@@ -170,6 +175,14 @@ class Train(Running):
         if not self._is_new:  # a trained router would choose otherwise, and not the same in every layout
             self._state = None
             self._state = init_state(self.config, self.mesh)
+
+    def start(self, routing: str) -> None:
+        super().start(routing)
+        self._loss = float(self._report.loss)
+
+    @property
+    def loss(self) -> float | None:
+        return self._loss
 
     @property
     def parameters(self) -> object:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import time
 
 import jax
 
@@ -43,10 +44,15 @@ def _measure(
     served: dict[Layout, Transformer],
 ) -> None:
     """Builds the cell's contenders once and times them in turns, routing by routing."""
-    progress.say(f"{_name(cell)}: compiles {len(cell.contenders)} layouts")
+    progress.say(f"{_name(cell)}: makes the values of {len(cell.contenders)} layouts")
     for layout in set(served) - {one.layout for one in cell.contenders}:
         del served[layout]
     running = {str(one.layout): RUNNING[cell.phase](config, cell, one, served) for one in cell.contenders}
+    for name, one in running.items():
+        progress.say(f"{_name(cell)}: compiles {name}")
+        begin = time.perf_counter()
+        one.compiled  # noqa: B018: asked for so that what compiles and what runs can be told apart
+        progress.say(f"{_name(cell)}: compiled {name} in {time.perf_counter() - begin:.1f} s, runs")
     for routing in routings:
         for one in running.values():
             one.start(routing)
@@ -59,13 +65,16 @@ def _measure(
         finished.add(_key(config, cell, routing), rows)
         fastest = max(rows, key=lambda row: row["tokens_per_s"])
         progress.done(
-            f"{_name(cell)}, {routing}: {fastest['layout']} EP={fastest['ep']} {fastest['tokens_per_s']:,.0f} tokens/s"
+            f"{_name(cell)}, {routing}: {fastest['layout']} EP={fastest['ep']} {fastest['tokens_per_s']:,.0f} tokens/s, "
+            f"{fastest['ms_per_step']:.2f} ms a step"
         )
 
 
 def _name(cell: Cell) -> str:
     tokens = cell.tokens_per_microbatch(cell.contenders[-1])
-    return f"{cell.study} {cell.phase} {cell.context} x {tokens}"
+    one = cell.contenders[-1]
+    which = f" {one.layout}, {one.dispatch}" if one.dispatch else ""
+    return f"{cell.study} {cell.phase} {cell.context} x {tokens}{which}"
 
 
 def _key(config: Config, cell: Cell, routing: str) -> str:

@@ -14,6 +14,8 @@ _SAYS = {
 _INTRODUCTIONS = {
     "layouts": "One expert a device (proposed, EP = experts) beside smaller expert axes with data-parallel replicas "
     "(baseline), on equal devices, timed in turns.",
+    "dispatch": "Transports and overlaps on the same devices, each alone. Loss: of the last of the untimed steps, which "
+    "start from the same values and take the same batches.",
     "strong": "Strong scaling: one model and one global batch on more and more devices.",
     "weak": "Weak scaling: experts and batch grow with the devices, what a device holds and does stays.",
     "full size": "The reference model at full size, as many GPUs as experts. A baseline as a pipeline may fit; as "
@@ -23,12 +25,14 @@ _INTRODUCTIONS = {
 Row = dict
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "layout": lambda row: f"{row['layout']} EP={row['ep']}{_more(row)}",
+    "dispatch": lambda row: _dispatch(row) if row["study"] == "dispatch" else "-",
     "devices": lambda row: str(row["devices"]),
     "E": lambda row: str(row["experts"]),
     "sequence": lambda row: str(row["sequence"]),
     "tokens a device": lambda row: f"{row['tokens_per_microbatch']:g}",
     "routing": lambda row: row["routing"] + (f", {row['network']}" if "network" in row else ""),
     "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+    "ms a step": lambda row: _number(row.get("ms_per_step")),
     "ms a token: median, p95, p99": lambda row: " / ".join(
         _number(row[f"ms_per_token_{name}"]) for name in ("median", "p95", "p99")
     ),
@@ -42,6 +46,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
         _percent((row.get("profile") or {}).get(name)) for name in ("idle_share", "host_idle_share")
     ),
     "sent a step": lambda row: human_bytes(row["bytes_sent"]),
+    "loss": lambda row: f"{row['loss']:.5f}" if row.get("loss") is not None else "-",
     "memory": lambda row: human_bytes(row["bytes_per_device"]["total"]),
     "load CV": lambda row: _number(row.get("load_cv")),
     "max/mean": lambda row: _number(row["max_over_mean_load"]),
@@ -106,6 +111,10 @@ def _more(row: Row) -> str:
     stages = row.get("pipeline_stages", 1)
     replicas = f" x {row['data']}" if row["data"] > 1 else ""
     return f"{replicas} x PP {stages}" if stages > 1 else replicas
+
+
+def _dispatch(row: Row) -> str:
+    return f"{row['transport']}, " + (f"{row['chunks']} chunks" if row["overlap"] == "chunks" else row["overlap"])
 
 
 def _number(value: float | None) -> str:

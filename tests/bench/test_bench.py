@@ -9,7 +9,7 @@ import pytest
 
 from moe_ep.bench import main, sweep
 from moe_ep.bench.bandwidth import COLLECTIVES, check_delivery, make_messages, measure_bandwidth
-from moe_ep.bench.grid import Cell, Contender, Layout, make_cells
+from moe_ep.bench.grid import Cell, Contender, Layout, config_of, make_cells
 from moe_ep.bench.routings import draw_choices
 from moe_ep.bench.running import Decode
 from moe_ep.bench.steps import summarize, time_steps
@@ -48,6 +48,35 @@ def test_scaling_keeps_the_global_batch_or_the_share_of_a_device():
     assert degrees(strong) == [("baseline", 2, 1, 16), ("baseline", 4, 1, 8), ("baseline", 8, 1, 4), ("proposed", 16, 1, 2)]
     assert [(one.layout.experts, one.layout.ep) for one in weak.contenders] == [(2, 2), (4, 4), (8, 8), (16, 16)]
     assert {one.sequences for one in weak.contenders} == {2}
+
+
+def test_the_dispatch_study_times_each_way_to_travel_alone():
+    cells = make_cells(with_bench(studies=("dispatch",), dispatches=("ragged:none", "all_to_all:chunks:2")), 16)
+    assert [(degrees(cell), cell.contenders[0].dispatch) for cell in cells] == [
+        ([("proposed", 16, 1, 2)], "ragged:none"), ([("proposed", 16, 1, 2)], "all_to_all:chunks:2"),
+        ([("baseline", 4, 4, 2)], "ragged:none"), ([("baseline", 4, 4, 2)], "all_to_all:chunks:2"),
+    ]  # fmt: skip
+    dispatch = config_of(make_config(), cells[1].contenders[0]).dispatch
+    assert (dispatch.transport, dispatch.overlap, dispatch.chunks) == ("all_to_all", "chunks", 2)
+    odd = make_cells(with_bench(studies=("dispatch",), dispatches=("ragged:staggered", "ragged:none"), sequences_per_gpu=(3,)), 16)
+    assert {cell.contenders[0].dispatch for cell in odd} == {"ragged:none"}
+
+
+@pytest.mark.parametrize("name", ["ragged", "ragged:chunks:2", "pigeon:none"])
+def test_a_dispatch_that_cannot_be_is_refused(name):
+    with pytest.raises(ConfigError, match=f"bench.dispatches={name}: allowed is TRANSPORT:OVERLAP"):
+        make_cells(with_bench(studies=("dispatch",), dispatches=(name,)), 16)
+
+
+def test_training_steps_of_every_transport_have_the_same_loss(tmp_path):
+    config = with_bench(
+        studies=("dispatch",), phases=("train",), baselines=(), tokens_per_gpu=(16,), turns=1, steps=1,
+        dispatches=("all_to_all:none", "ragged:none"),
+    )  # fmt: skip
+    result = main.bench(config, tmp_path)
+    exact, padded = (row["loss"] for row in result["rows"])
+    assert exact == pytest.approx(padded, rel=1e-5) and exact > 0
+    assert "| all_to_all, none |" in (tmp_path / "bench.md").read_text()
 
 
 @pytest.mark.parametrize(
