@@ -23,7 +23,7 @@ from moe_ep.bench.sweep import make_key
 from moe_ep.bench.timing import Contender, measure_in_turns
 from moe_ep.config import Config, DispatchConfig, MeshConfig, require
 from moe_ep.dispatch import TRANSPORTS, Exchange, make_exchange
-from moe_ep.mesh import ALL_AXES, EXPERT, TOKENS, make_mesh, some_devices, vary
+from moe_ep.mesh import ALL_AXES, EXPERT, TOKENS, compiler_options, make_mesh, some_devices, vary
 from moe_ep.metrics import human_bytes
 from moe_ep.progress import Finished, Progress, Rows
 
@@ -229,7 +229,8 @@ def _repeated(collective: Collective, message: Message, mesh: Mesh, repeats: int
         return jax.lax.fori_loop(0, repeats, step, rows)
 
     make = jax.jit(jax.shard_map(lambda: vary(collective.rows(message)), mesh=mesh, in_specs=(), out_specs=TOKENS))
-    program = jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=TOKENS, out_specs=TOKENS))
+    sharded = jax.shard_map(on_device, mesh=mesh, in_specs=TOKENS, out_specs=TOKENS)
+    program = jax.jit(sharded, compiler_options=compiler_options(mesh.devices.flat[0].platform))
     rows = make()
     if mesh.devices.flat[0].platform == "cpu":
         # Emulated devices that get many programs ahead wait for one another's threads for ever.

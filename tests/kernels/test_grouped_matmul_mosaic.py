@@ -191,11 +191,11 @@ def test_the_nearest_entry_is_of_the_same_step_and_kind(tmp_path, monkeypatch):
     assert nearest(table.Problem("product", 2, 700, 512, 512)) == entries[2]
     assert nearest(table.Problem("product", 1, 9000, 512, 1024)) == entries[1]
     assert nearest(table.Problem("hidden", 1, 9000, 512, 512)) is None
-    # An H100 has the H200's processor, and until it is measured its tiles; a B200 has neither.
-    assert table.nearest("NVIDIA H100 80GB HBM3", problems[0]) == entries[0]
+    # A GH200 has the H200's processor, and until it is measured its tiles; a B200 has neither.
+    assert table.nearest("NVIDIA GH200 480GB", problems[0]) == entries[0]
     assert table.nearest("NVIDIA B200", problems[0]) is None
-    table.write(tmp_path / "table.json", "NVIDIA H100 80GB HBM3", entries[1:2])
-    assert table.nearest("NVIDIA H100 80GB HBM3", problems[0]) == entries[1]
+    table.write(tmp_path / "table.json", "NVIDIA GH200 480GB", entries[1:2])
+    assert table.nearest("NVIDIA GH200 480GB", problems[0]) == entries[1]
 
 
 @pytest.mark.parametrize(
