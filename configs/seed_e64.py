@@ -5,6 +5,9 @@
 
 Memory: 54.7 GB of BF16 weights a GPU (experts 30.7, attention 21.1, dense 1.6,
 embeddings 1.4); training with Adam needs about 440 GB a GPU and fits no GPU here.
+
+Ragged exchange waits for an XLA that moves it between processes (results/LOG.md, 2026-11-27): on a real
+cluster --set dispatch.transport=all_to_all.
 """
 
 from moe_ep.config import ClusterConfig, Config, DispatchConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig

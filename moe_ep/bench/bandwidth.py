@@ -22,7 +22,7 @@ from moe_ep.bench import report
 from moe_ep.bench.sweep import make_key
 from moe_ep.bench.timing import Contender, measure_in_turns
 from moe_ep.config import Config, DispatchConfig, MeshConfig, require
-from moe_ep.dispatch import TRANSPORTS, Exchange, make_exchange
+from moe_ep.dispatch import TRANSPORTS, Exchange, check_transport, make_exchange
 from moe_ep.mesh import ALL_AXES, EXPERT, TOKENS, compiler_options, make_mesh, some_devices, vary
 from moe_ep.metrics import human_bytes
 from moe_ep.progress import Finished, Progress, Rows
@@ -187,6 +187,8 @@ def _messages(config: Config, devices: int) -> Iterator[Message]:
 def _measure(message: Message, config: Config) -> Iterator[dict]:
     mesh = make_mesh(MeshConfig(1, message.peers), config.cluster, message.peers, some_devices(message.peers))
     kind = mesh.devices.flat[0].platform
+    for transport in config.bench.transports:
+        check_transport(transport, mesh, "bench.transports")
     collectives = {
         name: one for transport in config.bench.transports for name, one in COLLECTIVES[transport].items()
     }

@@ -14,7 +14,7 @@ from jaxtyping import Int32
 from moe_ep.bench.grid import Cell, Contender, Layout, config_of
 from moe_ep.bench.routings import DRAWS, draw_choices, draw_tokens
 from moe_ep.config import Config
-from moe_ep.dispatch import DispatchCounts
+from moe_ep.dispatch import DispatchCounts, check_transport
 from moe_ep.mesh import REPLICATED, compiler_options, make_mesh, place_batch, some_devices
 from moe_ep.model.kv_cache import CACHE, LatentCache, make_cache, round_up_rows
 from moe_ep.model.transformer import Transformer
@@ -49,6 +49,7 @@ class Running:
         self.config = config_of(config, contender)
         devices = some_devices(contender.layout.devices)
         self.mesh = make_mesh(self.config.mesh, self.config.cluster, contender.layout.experts, devices)
+        check_transport(self.config.dispatch.transport, self.mesh)
         self.batch = contender.sequences * self.mesh.size
         self._phase, self._report = cell.phase, None
         self._waves = Waves(self.config.dispatch.waves)

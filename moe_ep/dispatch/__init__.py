@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from moe_ep.config import DispatchConfig, require
 from moe_ep.dispatch import all_gather, all_to_all, ragged
@@ -152,11 +153,24 @@ def check_chunks(dispatch: DispatchConfig, *, tokens: int, **sizes: int) -> None
             f"1 to {rows} with {tokens} tokens per device: a buffer has so many rows, and a chunk at least one")  # fmt: skip
 
 
+def check_transport(transport: str, mesh: Mesh, field: str = "dispatch.transport") -> None:
+    """Checks that a transport, which this field of the config names, runs on devices that are here.
+
+    Raises:
+      ConfigError: ragged rows between GPUs of several processes, which XLA of the pinned jax refuses to move or, made
+        to, waits for without end (results/LOG.md, 2026-11-27; openxla/xla#33386).
+    """
+    devices = mesh.devices.flat
+    between_processes = devices[0].platform == "gpu" and len({device.process_index for device in devices}) > 1
+    require(transport != "ragged" or not between_processes, field, transport,
+            "all_to_all or all_gather between GPUs of several processes")  # fmt: skip
+
+
 # all_gather moves all slices in one collective, and ragged has no chunks.
 _IN_CHUNKS = {"all_to_all": _in_turn}
 
 
 __all__ = [
-    "TRANSPORTS", "DispatchCounts", "Exchange", "Transport", "check_chunks", "count_experts", "exchange_rows",
+    "TRANSPORTS", "DispatchCounts", "Exchange", "Transport", "check_chunks", "check_transport", "count_experts", "exchange_rows",
     "make_exchange", "most_chunks", "sum_counts",
 ]  # fmt: skip

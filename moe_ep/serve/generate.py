@@ -10,6 +10,7 @@ from moe_ep.config import Config
 from moe_ep.cost.micro_batch import MicroBatchPlan
 from moe_ep.data import Tokenizer, make_tokenizer
 from moe_ep.data.tokenizer import NumberTokenizer
+from moe_ep.dispatch import check_transport
 from moe_ep.mesh import expert_degree, free_bytes, make_mesh
 from moe_ep.model.transformer import for_platform
 from moe_ep.serve.engine import Engine
@@ -41,6 +42,7 @@ def generate(config: Config, workdir: Path) -> dict:
     tokenizer = _tokenizer(config)
     asked = list(make_requests(lines, are_json, config.generate, tokenizer, config.seed))
     mesh = make_mesh(config.mesh, config.cluster, config.model.moe.num_experts)
+    check_transport(config.dispatch.transport, mesh)
     requests = [one.request for one in asked if one.request is not None]
     engine = make_engine(config, workdir, mesh, tokenizer, requests) if requests else None
     answers = Answers(asked, tokenizer, open_output(sys.stdout, [one.prompt for one in asked]))

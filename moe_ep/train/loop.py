@@ -16,7 +16,7 @@ from moe_ep import metrics
 from moe_ep.config import Config, ConfigError, require, to_json
 from moe_ep.parameter_counts import parameters_by_part
 from moe_ep.data import Dataset, make_dataset
-from moe_ep.dispatch import check_chunks
+from moe_ep.dispatch import check_chunks, check_transport
 from moe_ep.hardware import gpu_of_device_kind
 from moe_ep.mesh import expert_degree, is_first_process, peak_bytes, place_batch
 from moe_ep.train.ahead import Accepted, Launcher
@@ -58,6 +58,7 @@ def train(config: Config, mesh: Mesh, workdir: Path) -> dict:
       ConfigError: the batch does not divide, or the directory holds another model's run.
       TrainingStopped: gradients were not finite several steps in a row.
     """
+    check_transport(config.dispatch.transport, mesh)
     _check_batch(config, mesh)
     _claim(workdir, config)
     dataset, validation = (_dataset(config, split) for split in ("train", "validation"))

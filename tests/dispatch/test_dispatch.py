@@ -1,5 +1,7 @@
 """Every transport, on emulated devices, against one device that computes every expert for every token."""
 
+import contextlib
+import dataclasses
 import functools
 
 import hypothesis
@@ -8,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, PartitionSpec as P
 
 from moe_ep.config import ClusterConfig, ConfigError, DispatchConfig, MeshConfig
-from moe_ep.dispatch import TRANSPORTS, DispatchCounts, Exchange, check_chunks, exchange_rows, make_exchange
+from moe_ep.dispatch import TRANSPORTS, DispatchCounts, Exchange, check_chunks, check_transport, exchange_rows, make_exchange
 from moe_ep.kernels.grouped_matmul import ExpertWeights, expert_mlp
 from moe_ep.mesh import ALL_AXES, EXPERT, TOKENS, make_mesh, vary
 
@@ -267,3 +269,21 @@ def test_plan_memory_is_linear_in_assignments():
     jaxpr = jax.make_jaxpr(functools.partial(transport.plan, exchange=exchange))(jnp.zeros((4096, 2), jnp.int32))
     largest = max(variable.aval.size for equation in jaxpr.eqns for variable in equation.outvars)
     assert largest <= 4 * max(4096 * 2, 128 * transport.queue_rows(exchange))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+    platform: str
+    process_index: int
+    id: int
+
+
+@pytest.mark.parametrize(("platform", "processes", "transport", "runs"), [
+    ("gpu", (0, 0), "ragged", True), ("gpu", (0, 1), "ragged", False), ("gpu", (0, 1), "all_to_all", True),
+    ("cpu", (0, 1), "ragged", True),
+])  # fmt: skip
+def test_ragged_rows_between_processes_of_gpus_are_refused(platform, processes, transport, runs):
+    devices = [_Device(platform, process, index) for index, process in enumerate(processes)]
+    mesh = Mesh(np.array(devices).reshape(1, 1, 2), ALL_AXES)
+    with contextlib.nullcontext() if runs else pytest.raises(ConfigError, match="dispatch.transport=ragged: allowed is all_to_all"):
+        check_transport(transport, mesh)
