@@ -118,11 +118,11 @@ def shardings(mesh: Mesh, specs: object) -> object:
 
 
 def gpu_capability() -> tuple[int, int] | None:
-    """Returns the CUDA compute capability of the GPU that jax runs on here, None without one; absent ones do not count."""
+    """Returns the CUDA compute capability of the GPU that jax runs on here; None without one, or if it is not NVIDIA's."""
     if jax.default_backend() != "gpu":
         return None
-    major, minor = jax.local_devices()[0].compute_capability.split(".")
-    return int(major), int(minor)
+    major, _, minor = jax.local_devices()[0].compute_capability.partition(".")
+    return (int(major), int(minor)) if minor else None
 
 
 def peak_bytes(mesh: Mesh) -> int | None:

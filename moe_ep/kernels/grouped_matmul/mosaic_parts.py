@@ -154,7 +154,7 @@ def await_empty(next_step, empty, stages: int):
 
 
 def for_own_tiles(tiles, body: Callable, carry=None):
-    """Calls `body(tile, carry) -> carry` for each of this CTA's tiles; carried is the ring's next step, at least."""
+    """Calls `body(tile, carry) -> carry` for each of this CTA's tiles; by default the ring's next step is carried, from 0 on."""
     ctas = jnp.int32(lax.axis_size(MULTIPROCESSOR))
     own = lax.axis_index(MULTIPROCESSOR)
     carry = jnp.int32(0) if carry is None else carry
