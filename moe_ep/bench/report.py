@@ -18,10 +18,10 @@ def file_stem(topic: str) -> str:
 
 
 def heading(title: str, result: dict) -> str:
-    """Returns the Markdown lines that say what was measured, when, where and with what."""
+    """Returns the Markdown lines that say what was measured, when, where and with what; `command` may be several."""
     versions = results.versions_text(result["versions"])
+    commands = [result["command"]] if isinstance(result["command"], str) else result["command"]
     return (
         f"# {title}\n\n"
         f"{result['kind']} on {result['device']}, {result['date']}, commit {result['commit']}; {versions}.\n"
-        f"`{result['command']}`\n\n"
-    )
+    ) + "".join(f"`{command}`\n\n" for command in commands)

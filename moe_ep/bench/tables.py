@@ -52,12 +52,15 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "max/mean": lambda row: _number(row["max_over_mean_load"]),
     "kind": lambda row: row["kind"],
 }
+_OF_CEILINGS = ("of the measured copy", "of the measured product")  # say nothing where the ceilings are not recorded
 
 
 def as_markdown(result: dict) -> str:
     """Returns the whole result as text."""
     rows = result["rows"]
-    lines = [report.heading("Proposed layout against baselines", result)]
+    lines = [report.heading(_title(rows), result)]
+    if "note" in result:
+        lines.append(f"{result['note']}\n\n")
     if ceilings := result["ceilings"]:
         lines.append(
             f"Ceilings measured in the same process: copy {ceilings['copy_bytes_per_s'] / 1e9:,.0f} GB/s (read and "
@@ -76,13 +79,24 @@ def as_markdown(result: dict) -> str:
         lines.append(f"## {study.capitalize()}\n\n{_INTRODUCTIONS[study]}\n\n")
         of_study = [row for row in rows if row["study"] == study]
         for phase in dict.fromkeys(row["phase"] for row in of_study):
-            lines.append(f"### {phase.capitalize()}\n\n{_table([row for row in of_study if row['phase'] == phase])}\n")
+            of_phase = [row for row in of_study if row["phase"] == phase]
+            lines.append(f"### {phase.capitalize()}\n\n{_table(of_phase, bool(ceilings))}\n")
     return "".join(lines)
 
 
-def _table(rows: list[Row]) -> str:
+def _title(rows: list[Row]) -> str:
+    if all(row["study"] == "dispatch" for row in rows):
+        return "Transports and overlaps"
+    layouts = {(row["layout"], row["ep"]) for row in rows}
+    if {"proposed", "baseline"} <= {name for name, _ in layouts}:
+        return "Proposed layout against baselines"
+    return "One layout" if len(layouts) == 1 else "Layouts"
+
+
+def _table(rows: list[Row], with_ceilings: bool) -> str:
     ratios = over_best_baseline(rows)
-    cells = {name: [show(row) for row in rows] for name, show in _COLUMNS.items()}
+    shown = {name: show for name, show in _COLUMNS.items() if with_ceilings or name not in _OF_CEILINGS}
+    cells = {name: [show(row) for row in rows] for name, show in shown.items()}
     cells["over best baseline"] = ["-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
     # A column without a figure (what a CPU has no peak for, say) is left out.
     columns = {name: column for name, column in cells.items() if any(set(cell) - set("- ") for cell in column)}
