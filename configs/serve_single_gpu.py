@@ -2,7 +2,7 @@
 
     python -m moe_ep.run --mode=bench --config=configs/serve_single_gpu.py
 
-Memory: 55 G parameters x 2 bytes = 110 GB of weights, and 3.6 GB for the caches of 32
+Memory: 54 G parameters x 2 bytes = 108 GB of weights, and 3.6 GB for the caches of 32
 sequences of 4096 tokens; --set model.layers=14 fits 80 GB.
 
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 leaves the GPU to this process.
