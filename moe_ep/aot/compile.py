@@ -14,7 +14,7 @@ from moe_ep.aot.schedule import read_schedule
 from moe_ep.aot.timeline import Timeline, walk
 from moe_ep.aot.topology import compile_only_devices
 from moe_ep.config import Config, require
-from moe_ep.dispatch.exchange import row_tile
+from moe_ep.dispatch.exchange import LEAST_ROW_TILE
 from moe_ep.kernels.device import is_hopper
 from moe_ep.kernels.grouped_matmul import mosaic
 from moe_ep.mesh import COMPILER_OPTIONS, make_mesh
@@ -111,8 +111,8 @@ def _check_kernels(config: Config) -> None:
     if moe.implementation != "mosaic":
         return
     require(is_hopper(gpu), "model.moe.implementation", moe.implementation, f"auto on {gpu}: these kernels are Hopper's")
-    # Tiles are multiples of the least that a kernel takes, whatever the layout (dispatch.exchange.row_tile).
-    refusal = mosaic.refusal(jnp.dtype(model.dtype), row_tile(0, 1), (1, model.width, moe.hidden))
+    # Tiles are multiples of it, whatever the layout (Exchange.row_tile).
+    refusal = mosaic.refusal(jnp.dtype(model.dtype), LEAST_ROW_TILE, (1, model.width, moe.hidden))
     require(refusal is None, "model.moe.implementation", moe.implementation,
             f"auto here: these kernels were given {refusal}")  # fmt: skip
 

@@ -44,6 +44,10 @@ ACTIVATION = {1: "gelu", 2: "silu_gated"}
 WIDE = [Tiling(raster_rows=rows) for rows in (8, 16, 32)]
 # Fewer columns where 128 x 256 tiles would not fill the last round of multiprocessors.
 FEW_ROWS = [Tiling(), *(Tiling(columns=columns, stages=6) for columns in (128, 192))]
+FEWER_ROWS = [
+    *FEW_ROWS, Tiling(columns=64, stages=8),
+    *(Tiling(consumers=1, columns=columns, stages=stages) for columns, stages in ((128, 8), (192, 6), (256, 5))),
+]  # fmt: skip
 NARROW = [
     Tiling(consumers=1, columns=columns, stages=stages, raster_rows=1)
     for columns, stages in ((64, 8), (64, 12), (128, 8), (192, 4), (192, 6), (256, 4), (256, 5))
@@ -61,7 +65,7 @@ def problems() -> Iterator[Problem]:
         "weight_gradient": (WIDTH, HIDDEN),
     }
     forward, activated = ("hidden", "product"), ("hidden", "hidden_and_products", "product_gradients", "rows_gradient")
-    for rows in (64, 512, 2048, 8192):
+    for rows in (64, 128, 256, 512, 1024, 2048, 8192):
         yield from (Problem(step, 1, rows, *steps[step]) for step in forward)
     yield from (Problem(step, 1, 4096, *sizes) for step, sizes in steps.items())
     yield from (Problem(step, 1, 4096, *steps[step], inputs=2) for step in activated)
@@ -148,6 +152,8 @@ def tilings_of(problem: Problem) -> list[Tiling]:
     """Returns the tilings worth trying: narrow ones where reading the weights is all the work."""
     if problem.rows <= 64 * problem.groups:
         return NARROW
+    if problem.rows <= 1024:
+        return FEWER_ROWS
     return FEW_ROWS if problem.rows <= 2048 else WIDE
 
 

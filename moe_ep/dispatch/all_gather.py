@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
 
-from moe_ep.dispatch.exchange import DispatchCounts, Exchange, crossed, row_tile
+from moe_ep.dispatch.exchange import DispatchCounts, Exchange, crossed
 from moe_ep.dispatch.permute import take_rows, weighted_sum_rows
 from moe_ep.dispatch.plan import compact, divide, slices_of_queue, slot_in_slices, sort_by_expert, within_slice
 from moe_ep.kernels.grouped_matmul import RowGroups
@@ -69,12 +69,11 @@ def plan(choices: Choices, exchange: Exchange) -> Plan:
     ordered = sort_by_expert(jnp.where(mine, local, exchange.experts_per_peer), exchange.experts_per_peer)
     length = ordered.start[-1]
 
-    tile = row_tile(exchange.tokens * exchange.top_k // exchange.slices, exchange.experts_per_peer)
     slice_of_assignment, slot = slot_in_slices(ordered.place, *layout)
     row_of_assignment, assignment_of_row, groups = jnp.full((assignments,), _NOWHERE, jnp.int32), [], []
     for index, piece in enumerate(slices_of_queue(*layout)):
         counts = piece.rows_before(ordered.start[1:]) - piece.rows_before(ordered.start[:-1])
-        compaction = compact(counts[None, :], piece.rows, tile)
+        compaction = compact(counts[None, :], piece.rows, exchange.row_tile, exchange.expected_rows)
         place = piece.positions()
         assignment_of_slot = jnp.where(place < length, ordered.order[jnp.minimum(place, assignments - 1)], assignments)
         rows = compaction.source.shape[0]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
 
-from moe_ep.dispatch.exchange import DispatchCounts, Exchange, crossed, row_tile
+from moe_ep.dispatch.exchange import DispatchCounts, Exchange, crossed
 from moe_ep.dispatch.permute import take_rows, weighted_sum_rows
 from moe_ep.dispatch.plan import Compaction, compact, divide, slices_of_queue, slot_in_slices, sort_by_expert, within_slice
 from moe_ep.kernels.grouped_matmul import RowGroups
@@ -133,8 +133,7 @@ def _compact_received(received: Float[Array, "P C1 D"], exchange: Exchange) -> B
     header_rows = _header_rows(exchange.experts_per_peer, received.shape[-1])
     counts = _decode(received[:, :header_rows], exchange.experts_per_peer)
     rows = received.shape[1] - header_rows
-    tile = row_tile(exchange.tokens * exchange.top_k // exchange.slices, exchange.experts_per_peer)
-    compaction = compact(counts, rows, tile)
+    compaction = compact(counts, rows, exchange.row_tile, exchange.expected_rows)
     readers = _with_headers(compaction.target, exchange.peers, header_rows, compaction.source.shape[0])
     source = _behind_headers(compaction.source, rows, header_rows)
     batch_rows = take_rows(received.reshape(-1, received.shape[-1]), source, readers[:, None])

@@ -13,6 +13,8 @@ from moe_ep.config import DispatchConfig
 from moe_ep.mesh import ALL_AXES
 from moe_ep.shapes import Count
 
+LEAST_ROW_TILE = 64  # that a GPU kernel takes
+
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
@@ -40,6 +42,16 @@ class Exchange:
     @property
     def slices(self) -> int:
         return self.waves * self.chunks
+
+    @property
+    def expected_rows(self) -> int:
+        """The rows of a slice that a device's experts get if all get as many."""
+        return self.tokens * self.top_k // self.slices
+
+    @property
+    def row_tile(self) -> int:
+        """The tile of the experts' rows: 128, or the least for smaller groups."""
+        return 128 if self.expected_rows >= 128 * self.experts_per_peer else LEAST_ROW_TILE
 
     def rows_per_wave(self, mean: float, most: int) -> int:
         """Returns the rows of a queue that one wave takes: mean + margin sqrt(mean) + 1, never over the most there can be."""
@@ -106,8 +118,3 @@ def end_pair(moved: Any, work: Any) -> tuple[Any, Any]:
     # would end the exchange first.
     moved, _ = jax.lax.optimization_barrier((moved, work))
     return jax.lax.optimization_barrier((jax.tree.map(crossed, moved), work))
-
-
-def row_tile(rows: int, groups: int) -> int:
-    """Returns the row tile for `rows` spread over `groups`: 128, or 64, the least a GPU kernel takes, for smaller groups."""
-    return 128 if rows >= 128 * groups else 64

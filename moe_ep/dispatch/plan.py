@@ -91,7 +91,7 @@ class Compaction(NamedTuple):
     groups: RowGroups
 
 
-def compact(counts: Int32[Array, "P e"], rows_per_segment: int, tile: int) -> Compaction:
+def compact(counts: Int32[Array, "P e"], rows_per_segment: int, tile: int, expected_rows: int) -> Compaction:
     """Plans the move from segments to the aligned-contiguous layout of the expert kernels.
 
     A segment comes from one sender; its rows are sorted by expert and stand at its
@@ -101,11 +101,12 @@ def compact(counts: Int32[Array, "P e"], rows_per_segment: int, tile: int) -> Co
       counts: rows of each segment for each expert of this device.
       rows_per_segment: the most rows a segment holds.
       tile: rows of a tile; every group starts at a multiple of it.
+      expected_rows: of all segments together.
     """
     segments, experts = counts.shape
     tiles = tiles_needed(segments * rows_per_segment, experts, tile)
     group_rows = jnp.sum(counts, axis=0, dtype=jnp.int32)
-    groups = make_row_groups(group_rows, tile, tiles)
+    groups = make_row_groups(group_rows, tile, tiles, expected_rows)
     run_start = first_rows(group_rows, tile)[None, :] + _exclusive_sum(counts, axis=0)  # of (segment, expert) in the compact buffer
     segment_start = _exclusive_sum(counts, axis=1)  # of (segment, expert) in its segment
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
 
-from moe_ep.dispatch.exchange import DispatchCounts, Exchange, crossed, row_tile
+from moe_ep.dispatch.exchange import DispatchCounts, Exchange, crossed
 from moe_ep.dispatch.permute import take_rows, weighted_sum_rows
 from moe_ep.dispatch.plan import divide, sort_by_expert
 from moe_ep.kernels.device import device_kind
@@ -114,7 +114,7 @@ def _wave(
     begins = (jnp.cumsum(runs, axis=1, dtype=jnp.int32) - runs).reshape(everyones.shape)
     sender_place = begins + jnp.transpose(skipped, (1, 0, 2))  # [source, receiver, expert]
 
-    groups = make_row_groups(jnp.take(per_group, me, axis=0), tile, tiles)
+    groups = make_row_groups(jnp.take(per_group, me, axis=0), tile, tiles, exchange.expected_rows)
     out = Runs(jnp.take(sender_place, me, axis=0), jnp.take(rows, me, axis=1), jnp.take(place, me, axis=1))
     back = Runs(jnp.take(place, me, axis=0), jnp.take(rows, me, axis=0), jnp.take(sender_place, me, axis=1))
     flat = lambda runs: Runs(*(part.reshape(-1) for part in runs))  # noqa: E731
@@ -122,8 +122,7 @@ def _wave(
 
 
 def _tiling(exchange: Exchange) -> tuple[int, int]:
-    tile = row_tile(exchange.tokens * exchange.top_k, exchange.experts_per_peer)
-    return tile, tiles_needed(queue_rows(exchange), exchange.experts_per_peer, tile)
+    return exchange.row_tile, tiles_needed(queue_rows(exchange), exchange.experts_per_peer, exchange.row_tile)
 
 
 def pack(tokens: TokenRows, plan: Plan, exchange: Exchange) -> SortedRows:

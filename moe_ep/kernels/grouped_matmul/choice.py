@@ -2,6 +2,7 @@
 
 from moe_ep.kernels import device
 from moe_ep.kernels.grouped_matmul import dense, mosaic, scanned, table, tiled
+from moe_ep.kernels.grouped_matmul.groups import RowGroups
 from moe_ep.kernels.grouped_matmul.steps import Steps
 
 
@@ -30,42 +31,45 @@ def _tile(rows, groups):
     return rows.shape[0] // groups.tile_group.shape[0]
 
 
-def _fastest(step: str, groups: int, rows: int, depth: int, columns: int, inputs: int = 1):
-    entry = table.nearest(device.device_kind(), table.Problem(step, groups, rows, depth, columns, inputs))
+def _fastest(step: str, layout: RowGroups, groups: int, rows: int, depth: int, columns: int, inputs: int = 1):
+    problem = table.Problem(step, groups, layout.expected_rows or rows, depth, columns, inputs)
+    entry = table.nearest(device.device_kind(), problem)
     if entry is not None:
         name = entry.implementation
     else:
         # Nothing measured here: cuBLAS for a dense product, our kernels where XLA would loop.
         name = "dense" if groups == 1 else "mosaic"
+    if name == "dense" and problem.rows < rows:
+        name = "mosaic"  # cuBLAS would multiply the whole buffer
     return getattr(IMPLEMENTATIONS[name], step)
 
 
 def _hidden(rows, first, groups, activation):
-    step = _fastest("hidden", first[0].shape[0], *rows.shape, first[0].shape[2], len(first))
+    step = _fastest("hidden", groups, first[0].shape[0], *rows.shape, first[0].shape[2], len(first))
     return step(rows, first, groups, activation)
 
 
 def _hidden_and_products(rows, first, groups, activation):
-    step = _fastest("hidden_and_products", first[0].shape[0], *rows.shape, first[0].shape[2], len(first))
+    step = _fastest("hidden_and_products", groups, first[0].shape[0], *rows.shape, first[0].shape[2], len(first))
     return step(rows, first, groups, activation)
 
 
 def _product(x, w, groups):
-    return _fastest("product", w.shape[0], *x.shape, w.shape[2])(x, w, groups)
+    return _fastest("product", groups, w.shape[0], *x.shape, w.shape[2])(x, w, groups)
 
 
 def _product_gradients(d_out, w_out, products, groups, activation):
-    step = _fastest("product_gradients", w_out.shape[0], *d_out.shape, w_out.shape[1], len(products))
+    step = _fastest("product_gradients", groups, w_out.shape[0], *d_out.shape, w_out.shape[1], len(products))
     return step(d_out, w_out, products, groups, activation)
 
 
 def _rows_gradient(d_products, first, groups):
-    step = _fastest("rows_gradient", first[0].shape[0], *d_products[0].shape, first[0].shape[1], len(first))
+    step = _fastest("rows_gradient", groups, first[0].shape[0], *d_products[0].shape, first[0].shape[1], len(first))
     return step(d_products, first, groups)
 
 
 def _weight_gradient(x, dy, groups, group_count):
-    return _fastest("weight_gradient", group_count, *x.shape, dy.shape[1])(x, dy, groups, group_count)
+    return _fastest("weight_gradient", groups, group_count, *x.shape, dy.shape[1])(x, dy, groups, group_count)
 
 
 IMPLEMENTATIONS = {

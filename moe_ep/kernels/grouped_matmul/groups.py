@@ -15,6 +15,11 @@ from jaxtyping import Int32
 from moe_ep.shapes import Count
 
 
+@jax.tree_util.register_static
+class StaticRows(int):
+    """A number of rows that is known when a program is traced: part of a layout, not a value in it."""
+
+
 class RowGroups(NamedTuple):
     """The map from tiles of rows to groups; a tile is R // len(tile_group) rows.
 
@@ -24,18 +29,26 @@ class RowGroups(NamedTuple):
     tile_rows: the rows at the front of every tile that carry data; fewer than a tile
         in the last one of a group alone. The others are pad rows: zero, so that a
         sum over rows may leave them out.
+    expected_rows: how many rows valid tiles are expected to have, by which a kernel
+        is chosen; None: the buffer's.
     """
 
     tile_group: Int32[jax.Array, "tiles"]
     valid_tiles: Count
     tile_rows: Int32[jax.Array, "tiles"]
+    expected_rows: StaticRows | None = None
 
 
-def make_row_groups(group_sizes: Int32[jax.Array, "G"], tile: int, tiles: int) -> RowGroups:
+def make_row_groups(
+    group_sizes: Int32[jax.Array, "G"], tile: int, tiles: int, expected_rows: int | None = None
+) -> RowGroups:
     """Returns the layout of groups of these sizes in a buffer of `tiles` tiles of `tile` rows.
 
     The caller makes the buffer large enough (`tiles_needed`): groups past its end
     are not represented.
+
+    Args:
+      expected_rows: the sum of the sizes that is expected; None: as many as the buffer holds.
     """
     tile_counts = _tiles_of(group_sizes, tile)
     ends = jnp.cumsum(tile_counts)
@@ -47,7 +60,9 @@ def make_row_groups(group_sizes: Int32[jax.Array, "G"], tile: int, tiles: int) -
     first = ((ends - tile_counts)[None, :] - indices[:, None]) * tile
     rows = jnp.clip(first + group_sizes[None, :], 0, tile) - jnp.clip(first, 0, tile)
     valid_tiles = jnp.minimum(ends[-1], tiles).astype(jnp.int32)
-    return RowGroups(tile_group=over, valid_tiles=valid_tiles, tile_rows=jnp.sum(rows, axis=1, dtype=jnp.int32))
+    if expected_rows is not None:
+        expected_rows = StaticRows(tile * min(tiles, tiles_needed(expected_rows, group_sizes.shape[0], tile)))
+    return RowGroups(over, valid_tiles, jnp.sum(rows, axis=1, dtype=jnp.int32), expected_rows)
 
 
 def one_group(rows: int, tile: int) -> RowGroups:
