@@ -65,6 +65,25 @@ def routed(mesh, exchange):
     return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=(TOKENS, DispatchCounts(*(P(),) * 4)))
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_experts_are_told_how_many_rows_to_expect_whatever_the_buffer_holds(transport):
+    told = []
+
+    def experts(rows, groups):
+        told.append((groups.expected_rows, rows.shape[0]))
+        return rows
+
+    def on_device(tokens, choices, weights):
+        return exchange_rows(tokens, choices, weights, experts, exchange)[0]
+
+    exchange = Exchange(experts=4, peers=4, tokens=128, top_k=2, transport=transport)
+    tokens, _, choices, weights = make_inputs(4 * 128, 4, 2, "uniform")
+    program = jax.shard_map(on_device, mesh=layer_mesh(4, experts=4), in_specs=(TOKENS,) * 3, out_specs=TOKENS)
+    jax.eval_shape(program, tokens, choices, weights)
+    ((expected, buffer),) = told
+    assert expected == 256 < buffer
+
+
 def run_until_it_fits(mesh, exchange, inputs, target):
     """Returns output, counts and gradients of the first program with waves enough, and how many it took."""
     tries = 0

@@ -217,6 +217,23 @@ def test_the_choice_follows_the_device_and_what_the_kernels_take(monkeypatch, ki
     assert choice.choose(rows, layout, (groups, 256, 256)) == chosen
 
 
+@pytest.mark.parametrize("buffer_tiles,kernel", [(2, False), (11, True)])
+def test_the_rows_expected_choose_and_no_dense_product_multiplies_a_buffer_of_more(monkeypatch, buffer_tiles, kernel):
+    asked = []
+
+    def nearest(kind, problem):
+        asked.append((kind, problem.rows))
+        return table.Entry(problem, "dense", None, {}, "")
+
+    monkeypatch.setattr(device, "device_kind", lambda: "NVIDIA H200")
+    monkeypatch.setattr(table, "nearest", nearest)
+    layout = jax.eval_shape(lambda: gm.make_row_groups(jnp.array([250], jnp.int32), 128, buffer_tiles, expected_rows=251))
+    x, w = jax.ShapeDtypeStruct((128 * buffer_tiles, 256), jnp.bfloat16), jax.ShapeDtypeStruct((1, 256, 256), jnp.bfloat16)
+    program = str(jax.make_jaxpr(functools.partial(gm.grouped_matmul, activation="gelu"))(x, w, layout))
+    assert set(asked) == {("NVIDIA H200", 256)}
+    assert ("grouped_forward" in program) == kernel
+
+
 @pytest.mark.parametrize(
     "tile,width,message",
     [(32, 256, "a row tile of 32, not a multiple of 64"), (128, 200, r"weights \(2, 200, 256\) whose last sizes")],
