@@ -52,7 +52,6 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "max/mean": lambda row: _number(row["max_over_mean_load"]),
     "kind": lambda row: row["kind"],
 }
-_OF_CEILINGS = ("of the measured copy", "of the measured product")  # say nothing where the ceilings are not recorded
 
 
 def as_markdown(result: dict) -> str:
@@ -79,8 +78,7 @@ def as_markdown(result: dict) -> str:
         lines.append(f"## {study.capitalize()}\n\n{_INTRODUCTIONS[study]}\n\n")
         of_study = [row for row in rows if row["study"] == study]
         for phase in dict.fromkeys(row["phase"] for row in of_study):
-            of_phase = [row for row in of_study if row["phase"] == phase]
-            lines.append(f"### {phase.capitalize()}\n\n{_table(of_phase, bool(ceilings))}\n")
+            lines.append(f"### {phase.capitalize()}\n\n{_table([row for row in of_study if row['phase'] == phase])}\n")
     return "".join(lines)
 
 
@@ -93,10 +91,9 @@ def _title(rows: list[Row]) -> str:
     return "One layout" if len(layouts) == 1 else "Layouts"
 
 
-def _table(rows: list[Row], with_ceilings: bool) -> str:
+def _table(rows: list[Row]) -> str:
     ratios = over_best_baseline(rows)
-    shown = {name: show for name, show in _COLUMNS.items() if with_ceilings or name not in _OF_CEILINGS}
-    cells = {name: [show(row) for row in rows] for name, show in shown.items()}
+    cells = {name: [show(row) for row in rows] for name, show in _COLUMNS.items()}
     cells["over best baseline"] = ["-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
     # A column without a figure (what a CPU has no peak for, say) is left out.
     columns = {name: column for name, column in cells.items() if any(set(cell) - set("- ") for cell in column)}

@@ -75,7 +75,7 @@ def _describe_dispatch(config: Config, mesh: Mesh) -> str:
     mean = tokens * moe.top_k / (peers if exchange.transport == "all_to_all" else 1)
     how = exchange.transport if peers > 1 else "within the device"
     if how == "ragged" and mesh.devices.flat[0].platform == "gpu":
-        how += " (at 8 to 14 GB/s in one H200 node, where all_to_all reaches 227: results/LOG.md)"
+        how += " (far slower than all_to_all between GPUs: results/LOG.md, 2026-11-27)"
     return (
         f"dispatch   {how}, {exchange.waves} wave(s) x {exchange.chunks} chunk(s); a buffer holds {rows} "
         f"rows where {mean:.0f} are expected; {'rows beyond are dropped' if config.dispatch.drop else 'dropless'}"

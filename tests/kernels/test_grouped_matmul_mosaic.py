@@ -123,7 +123,7 @@ def abstract_mlp(groups, rows, width, hidden, gated, sharding=None):
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     first, out = shape((groups, width, hidden), jnp.bfloat16), shape((groups, hidden, width), jnp.bfloat16)
     tiles = shape((rows // 128,), jnp.int32)
-    layout = gm.RowGroups(tiles, shape((), jnp.int32), tiles)
+    layout = gm.RowGroups(tiles, shape((), jnp.int32), tiles, gm.StaticRows(rows))
     return shape((rows, width), jnp.bfloat16), gm.ExpertWeights(first, out, first if gated else None), layout
 
 
@@ -151,7 +151,7 @@ def operands_of(problem: table.Problem):
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)  # noqa: E731
     tile = 64 if problem.rows <= 64 * problem.groups else 128
     tiles = jax.ShapeDtypeStruct((problem.rows // tile,), jnp.int32)
-    layout = gm.RowGroups(tiles, jax.ShapeDtypeStruct((), jnp.int32), tiles)
+    layout = gm.RowGroups(tiles, jax.ShapeDtypeStruct((), jnp.int32), tiles, gm.StaticRows(problem.rows))
     rows, output = shape(problem.rows, problem.depth), shape(problem.rows, problem.columns)
     w, w_transposed = shape(problem.groups, problem.depth, problem.columns), shape(problem.groups, problem.columns, problem.depth)
     activation = {1: "gelu", 2: "silu_gated"}[problem.inputs]

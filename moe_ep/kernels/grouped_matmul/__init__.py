@@ -4,6 +4,7 @@ from moe_ep.kernels.grouped_matmul.api import ExpertWeights as ExpertWeights
 from moe_ep.kernels.grouped_matmul.api import expert_mlp as expert_mlp
 from moe_ep.kernels.grouped_matmul.api import grouped_matmul as grouped_matmul
 from moe_ep.kernels.grouped_matmul.groups import RowGroups as RowGroups
+from moe_ep.kernels.grouped_matmul.groups import StaticRows as StaticRows
 from moe_ep.kernels.grouped_matmul.groups import first_rows as first_rows
 from moe_ep.kernels.grouped_matmul.groups import make_row_groups as make_row_groups
 from moe_ep.kernels.grouped_matmul.groups import one_group as one_group

@@ -10,14 +10,12 @@ _TYPES = ("float32", "bfloat16", "float16")
 def check_groups(rows, groups):
     """Raises ValueError where `groups` does not describe [R, ...] rows."""
     _check_rank("rows", rows, 2)
-    arrays = groups._asdict()
-    arrays.pop("expected_rows")
-    tile_group, valid_tiles, tile_rows = arrays.values()
+    tile_group, valid_tiles, tile_rows, _ = groups
     if tile_group.ndim != 1 or valid_tiles.ndim != 0:
         raise ValueError(f"groups have tile_group {tile_group.shape} and valid_tiles {valid_tiles.shape}, not [tiles] and []")
     if tile_rows.shape != tile_group.shape:
         raise ValueError(f"groups have tile_group {tile_group.shape} and tile_rows {tile_rows.shape}, not the same shape")
-    for name, value in arrays.items():
+    for name, value in zip(groups._fields, (tile_group, valid_tiles, tile_rows)):
         if value.dtype != jnp.int32:
             raise ValueError(f"{name} has type {value.dtype}, not int32")
     tiles = tile_group.shape[0]

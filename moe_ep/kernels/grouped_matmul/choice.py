@@ -32,7 +32,7 @@ def _tile(rows, groups):
 
 
 def _fastest(step: str, layout: RowGroups, groups: int, rows: int, depth: int, columns: int, inputs: int = 1):
-    problem = table.Problem(step, groups, layout.expected_rows or rows, depth, columns, inputs)
+    problem = table.Problem(step, groups, layout.expected_rows, depth, columns, inputs)
     entry = table.nearest(device.device_kind(), problem)
     if entry is not None:
         name = entry.implementation

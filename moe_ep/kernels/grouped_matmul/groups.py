@@ -30,13 +30,13 @@ class RowGroups(NamedTuple):
         in the last one of a group alone. The others are pad rows: zero, so that a
         sum over rows may leave them out.
     expected_rows: how many rows valid tiles are expected to have, by which a kernel
-        is chosen; None: the buffer's.
+        is chosen.
     """
 
     tile_group: Int32[jax.Array, "tiles"]
     valid_tiles: Count
     tile_rows: Int32[jax.Array, "tiles"]
-    expected_rows: StaticRows | None = None
+    expected_rows: StaticRows
 
 
 def make_row_groups(
@@ -60,15 +60,15 @@ def make_row_groups(
     first = ((ends - tile_counts)[None, :] - indices[:, None]) * tile
     rows = jnp.clip(first + group_sizes[None, :], 0, tile) - jnp.clip(first, 0, tile)
     valid_tiles = jnp.minimum(ends[-1], tiles).astype(jnp.int32)
-    if expected_rows is not None:
-        expected_rows = StaticRows(tile * min(tiles, tiles_needed(expected_rows, group_sizes.shape[0], tile)))
-    return RowGroups(over, valid_tiles, jnp.sum(rows, axis=1, dtype=jnp.int32), expected_rows)
+    expected_tiles = tiles if expected_rows is None else tiles_needed(max(expected_rows, 1), group_sizes.shape[0], tile)
+    expected = StaticRows(tile * min(tiles, expected_tiles))
+    return RowGroups(over, valid_tiles, jnp.sum(rows, axis=1, dtype=jnp.int32), expected)
 
 
 def one_group(rows: int, tile: int) -> RowGroups:
     """Returns the layout of one group of `rows` rows, all of them data."""
     tiles = rows // tile
-    return RowGroups(jnp.zeros(tiles, jnp.int32), jnp.int32(tiles), jnp.full(tiles, tile, jnp.int32))
+    return RowGroups(jnp.zeros(tiles, jnp.int32), jnp.int32(tiles), jnp.full(tiles, tile, jnp.int32), StaticRows(rows))
 
 
 def first_rows(group_sizes: Int32[jax.Array, "G"], tile: int) -> Int32[jax.Array, "G"]:

@@ -53,7 +53,7 @@ def rows_gradient(d_products, first, groups, tiling=None):
 
 def weight_gradient(x, dy, groups, group_count, tiling=None):
     """As `Steps.weight_gradient`; a tiling of None is the table's."""
-    problem = table.Problem("weight_gradient", group_count, groups.expected_rows or x.shape[0], x.shape[1], dy.shape[1])
+    problem = table.Problem("weight_gradient", group_count, groups.expected_rows, x.shape[1], dy.shape[1])
     # A tile of the output is cut from x's columns, which are multiples of two chunks.
     tiling = fitted(tiling or _tabled_tiling(problem), 2 * CHUNK, dy.shape[1], accumulators=1)
     return mosaic_weights.weight_gradient(x, dy, groups, group_count, tiling)
@@ -65,9 +65,8 @@ STEPS = Steps(hidden, hidden_and_products, product, product_gradients, rows_grad
 def _row_product(step, kernel, xs, ws, sides, groups, tiling):
     group_count, *sizes = ws[0].shape
     depth, columns = reversed(sizes) if kernel.transposed else sizes
-    rows = xs[0].shape[0]
-    problem = table.Problem(step, group_count, groups.expected_rows or rows, depth, columns, kernel.inputs)
-    tile = rows // groups.tile_group.shape[0]
+    problem = table.Problem(step, group_count, groups.expected_rows, depth, columns, kernel.inputs)
+    tile = xs[0].shape[0] // groups.tile_group.shape[0]
     tiling = fitted(tiling or _tabled_tiling(problem), tile, columns, kernel.accumulators)
     return row_product(kernel, xs, ws, sides, groups, tiling)
 
